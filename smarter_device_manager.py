@@ -1600,7 +1600,7 @@ class Sysfs:
 
 
 def start_read(job: Callable[[], T]) -> concurrent.futures.Future[T]:
-    """Start JOB, a read from sysfs, on a thread of its own, because a driver can block a reader for ever. Raises
+    """Start JOB, a read that can block for ever, as a driver can do it in sysfs, on a thread of its own. Raises
     RuntimeError if there can be no more threads."""
     read: concurrent.futures.Future[T] = concurrent.futures.Future()
 
@@ -2549,14 +2549,9 @@ class ConfFile:
         self._refused: str | None = None  # the present text of the file, if its rules are not good
         self._kept = KeptFile(kept_path if path else "", f"the last good text of {json.dumps(path)}", "conf")
 
-    def start(self) -> None:
-        """Put the first rules in force. Raises Problem if there are no good ones."""
-        self.follow()
-        if not self.rules:
-            raise Problem(self.error)
-
     def follow(self, reread: bool = False) -> bool:
-        """Put the rules of the file in force if they changed and are good; whether there are new ones.
+        """Put the rules of the file in force if they changed and are good; whether there are new ones. Raises Problem
+        at the first call if there are none.
 
         An error in it is logged once, and again if REREAD. A text that was refused is not parsed again unless REREAD.
         """
@@ -2573,10 +2568,12 @@ class ConfFile:
             problem = f"cannot read the config file {self.path}: {error.strerror}"
         self.error, self._refused = problem, text if problem else None
         if problem and not old_rules:  # this is the start
-            parsed = self._kept.read(lambda text: (parse_rules(text), text, os.stat(self._kept.path).st_mtime))
-            self.rules, self.text, self.read_at = parsed or ((), KeptFile.NOTHING, 0.0)
+            kept = self._kept.read(lambda text: (parse_rules(text), text, os.stat(self._kept.path).st_mtime))
+            if not kept:
+                raise Problem(problem)
+            self.rules, self.text, self.read_at = kept
         has_changed = self.rules is not old_rules
-        if problem and self.rules and (reread or problem != old_error):
+        if problem and (reread or problem != old_error):
             self.failed_reloads += 1
             source = "" if old_rules else f", from {self._kept.path}"
             log_event("conf-refused", f"{problem}; the last good rules stay in force{source}", logging.ERROR)
@@ -2619,15 +2616,14 @@ class DeviceSide:
         except OSError as error:
             problem = f"cannot look at {self._dev_dir}: {error.strerror}; --dev-dir names the host's /dev"
             raise Problem(problem) from None
-        self.conf.start()
-        self._matcher = Matcher(self.conf.rules)
         self.plan = self._kept_devices.read(lambda text: parse_kept_devices(text, self._boot)) or EMPTY_PLAN
         self.turn()
 
-    def turn(self, reread: bool = False) -> Plan | None:
-        """Look for changes, everywhere if REREAD; the new plan if there is one."""
+    def turn(self, full: bool = False, reread: bool = False) -> Plan | None:
+        """Look for changes, everywhere if FULL or REREAD, which is that of ConfFile.follow(); the new plan if there is
+        one."""
         now, before = time.monotonic(), self.plan
-        full = reread or now >= self._next_full_scan
+        full = full or reread or now >= self._next_full_scan
         has_changed = self.conf.follow(reread)
         if has_changed:
             self._matcher = Matcher(self.conf.rules)
@@ -2658,18 +2654,12 @@ class DeviceSide:
             self._next_full_scan = min([now + FULL_SCAN_SECONDS, *expiry_times(self.plan)])
         return None if self.plan is before else self.plan
 
-    def request_full_scan(self) -> None:
-        """Let the next turn scan everything."""
-        self._next_full_scan = 0.0
-
     def folders(self) -> list[str]:
         """The folders of /dev in the order in which they are worth a watch: /dev, those with devices that are offered,
         and the others by their depth."""
-        paths = [
-            path for device in devices_of(self.plan) for path in (device.path, *(node.path for node in device.nodes))
-        ]
-        named = {"", *paths, *(path.rpartition("/")[0] for path in paths)}
-        paths = sorted(self.snapshot.folders, key=lambda path: (path != "", path not in named, path.count("/"), path))
+        used = {path for each in devices_of(self.plan) for path in (each.path, *(node.path for node in each.nodes))}
+        used |= {path.rpartition("/")[0] for path in used}
+        paths = sorted(self.snapshot.folders, key=lambda path: (path != "", path not in used, path.count("/"), path))
         return [f"{self._dev_dir}/{path}" for path in paths]
 
     def describe(self) -> Document:
@@ -3808,17 +3798,18 @@ class Registration:
 
 
 class DevicePluginSide(KubeletSide):
-    """Offers a plan's resources to the kubelet whose socket is in PLUGIN_DIR."""
+    """Offers a plan's resources to the kubelet whose socket is in the plugin directory."""
 
     def __init__(
-        self, plugin_dir: str, domain: str, devices: HostDevices, loop: asyncio.AbstractEventLoop, max_silence: float
+        self, options: argparse.Namespace, host: HostDevices, loop: asyncio.AbstractEventLoop, max_silence: float
     ) -> None:
-        super().__init__(loop, max_silence, domain, [plugin_dir], Watch(plugin_dir))
+        plugin_dir: str = options.plugin_dir
+        super().__init__(loop, max_silence, options.domain, [plugin_dir], Watch(plugin_dir))
         self.registrations: dict[str, Registration] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}  # run() of the newest registration of each name
         self._kubelet = KubeletConnection(f"{plugin_dir}/kubelet.sock", self._kubelet_changed)
         self._leases = Leases(f"{plugin_dir}/smarter-device-manager.lock")
-        self._context = RegistrationContext(plugin_dir, domain, devices, self._kubelet, self._leases)
+        self._context = RegistrationContext(plugin_dir, self.domain, host, self._kubelet, self._leases)
 
     @property
     def is_answering(self) -> bool:
@@ -5870,11 +5861,12 @@ def mount_roots(folders: Iterable[str]) -> Mapping[str, str]:
     return {path: roots[point] for path, point in points.items() if point in roots}
 
 
-def network_error(error: OSError | UnicodeError) -> str:
+def network_error(error: Exception) -> str:
     """Why there is no connection, in the words of the system, without what Python adds to them."""
     if isinstance(error, UnicodeError):
         return "there is no such host name"
-    return str(error.strerror or error).partition(" (while attempting ")[0]
+    problem: str = getattr(error, "strerror", None) or str(error) or "timed out"
+    return problem.partition(" (while attempting ")[0]
 
 
 def address_text(address: tuple[Any, ...]) -> str:
@@ -5914,14 +5906,9 @@ class KubeletThread(threading.Thread):
         super().__init__(name="grpc", daemon=True)
         self.has_failed = False
         self._loop = asyncio.new_event_loop()
-        max_silence = find_max_silence(options.interval)
-        host_devices = HostDevices(options.dev_dir, lambda: os.kill(os.getpid(), SCAN_SIGNAL))
-        more = host_devices, self._loop
-        self._side: KubeletSide
-        if options.api == "dra":
-            self._side = DraSide(options, *more, max_silence)
-        else:
-            self._side = DevicePluginSide(options.plugin_dir, options.domain, *more, max_silence)
+        host = HostDevices(options.dev_dir, lambda: os.kill(os.getpid(), SCAN_SIGNAL))
+        side = DraSide if options.api == "dra" else DevicePluginSide
+        self._side: KubeletSide = side(options, host, self._loop, find_max_silence(options.interval))
         self._status = open_status(options, devices, self._side)
         self._directory: tuple[int, ...] = ()  # identity of the plugin directory, as the main thread last found it
         self._mounted = mount_roots(self._side.folders)
@@ -5969,12 +5956,11 @@ class KubeletThread(threading.Thread):
         Problem if a folder that is mounted here was deleted or moved: a new one in its place is invisible here."""
         end = "so that the next start finds the one that is used now"
         for folder, now in mount_roots(self._mounted).items() if self._mounted else ():
-            was = self._mounted[folder]
             if now.endswith("//deleted"):
                 raise Problem(f"the directory {folder} was deleted, and only this mount keeps it; exiting, {end}")
-            if now != was:
-                where = f"the directory that is mounted at {folder}"
-                raise Problem(f"{where} was moved, from {was} to {now}; exiting, {end}")
+            if now != self._mounted[folder]:
+                way = f"from {self._mounted[folder]} to {now}"
+                raise Problem(f"the directory that is mounted at {folder} was moved, {way}; exiting, {end}")
         before, self._directory = self._directory, ()
         with contextlib.suppress(OSError):
             found = os.stat(self._side.plugin_dir)
@@ -6086,7 +6072,7 @@ def serve(options: argparse.Namespace) -> int:
     try:
         folder = check_dra(options) if is_dra else check_plugin_dir(options.plugin_dir)
     except Problem:
-        ConfFile(options.conf).start()  # first report an error in the config file, which is the newer one
+        ConfFile(options.conf).follow()  # first report an error in the config file, which is the newer one
         raise
     most = limits.getrlimit(limits.RLIMIT_NOFILE)[1]
     with contextlib.suppress(OSError, ValueError):  # somebody lowered fs.nr_open below it
@@ -6125,12 +6111,10 @@ def follow_devices(devices: DeviceSide, thread: KubeletThread, manager: ServiceM
     taken = 0  # the last signal
     while taken not in (signal.SIGTERM, signal.SIGINT):
         began = time.monotonic()
-        if taken == SCAN_SIGNAL:
-            devices.request_full_scan()
         if taken or devices.snapshot is not watched:
             watched = devices.snapshot
             watch_folders(watches, devices.folders())  # before the scan, so that no change is missed
-        plan = devices.turn(reread=taken == signal.SIGHUP) or plan
+        plan = devices.turn(full=taken == SCAN_SIGNAL, reread=taken == signal.SIGHUP) or plan
         if plan:
             changes.take(plan)
         changes.flush(time.monotonic())
@@ -6230,32 +6214,25 @@ def read_all_attributes(sys_dir: str, node: Entry) -> Sequence[tuple[str, Values
     """
     found = []
     for folder in sysfs_folders(sys_dir, node):
-        values = {name: read_attribute(folder, name) for name in _attribute_names(folder)}
-        usable = {name: value for name, value in values.items() if value and _is_usable(value)}
-        if usable:
-            found.append((folder, usable))
+        names = [name for name in ("driver", "subsystem") if os.path.islink(f"{folder}/{name}")]
+        with contextlib.suppress(OSError), os.scandir(folder) as items:
+            files = (item for item in items if item.is_file(follow_symlinks=False))
+            names += [file.name for file in files if file.stat().st_mode & 0o444]
+        values = {}
+        for name in sorted({*names} - {"dev", "uevent"}):  # which distinguish no device from another
+            value = read_attribute(folder, name)
+            if value and len(value) <= MAX_VALUE and value.isprintable() and "\\x" not in value:  # a short line of text
+                values[name] = value
+        if values:
+            found.append((folder, values))
     return found
-
-
-def _attribute_names(folder: str) -> list[str]:
-    """The readable files and the links in the sysfs FOLDER that can distinguish one device from another."""
-    try:
-        with os.scandir(folder) as items:
-            files = [item.name for item in items if item.is_file(follow_symlinks=False) and item.stat().st_mode & 0o444]
-    except OSError:
-        return []
-    links = [name for name in ("driver", "subsystem") if os.path.islink(f"{folder}/{name}")]
-    return sorted({*files, *links} - {"dev", "uevent"})
-
-
-def _is_usable(value: str) -> bool:
-    """Whether a rule could ask for VALUE: one short line of text."""
-    return len(value) <= MAX_VALUE and value.isprintable() and "\\x" not in value
 
 
 def show_attributes(options: argparse.Namespace) -> int:
     """--list --attributes: print the attributes of a device in sysfs, as the beginnings of a rule."""
-    path = _path_below(options.attributes, options.dev_dir)
+    whole = os.path.normpath(os.path.join(options.dev_dir, options.attributes))
+    tops = [f"{top}/" for top in (options.dev_dir, "/dev") if whole.startswith(f"{top}/")]
+    path = whole[len(tops[0]) :] if tops else ""
     shown = f"/dev/{path}"
     if not path or not os.path.lexists(f"{options.dev_dir}/{path}"):
         raise Problem(f"{options.attributes} is not in {options.dev_dir}; give a path such as /dev/video0 or video0")
@@ -6305,15 +6282,6 @@ def render_attributes(path: str, chain: Iterable[tuple[str, Mapping[str, str]]])
             key = name if is_plain and not _NOT_PLAIN_TEXT.fullmatch(name) else "'" + name.replace("'", "''") + "'"
             lines.append(f"    {key}: {quoted(value)}")
     return "\n".join(lines) + "\n"
-
-
-def _path_below(text: str, dev_dir: str) -> str:
-    """The path below /dev of TEXT, which may be /dev/video0, video0 or DEV_DIR/video0; empty if it is elsewhere."""
-    path = os.path.normpath(os.path.join(dev_dir, text))
-    for top in (dev_dir, "/dev"):
-        if path.startswith(f"{top}/"):
-            return path[len(top) + 1 :]
-    return ""
 
 
 def find_overridden(plan: Plan, matcher: Matcher) -> list[tuple[Rule, Device]]:
@@ -6368,9 +6336,9 @@ def show_status(options: argparse.Namespace) -> int:
     address = ("127.0.0.1" if host in ("", "0.0.0.0", "::") else host, port)
     where = address_text(address)
     try:
-        document = json.loads(_fetch_status(address))
+        document = json.loads(start_read(lambda: _fetch_status(address)).result(STATUS_SECONDS))
         text = render_status(document)
-    except (OSError, UnicodeError) as error:
+    except (OSError, UnicodeError, concurrent.futures.TimeoutError) as error:
         raise Problem(
             f"no daemon answers on {where} ({network_error(error)}); give the address of its --listen option as "
             f"--status ADDRESS:PORT; for a daemon in a pod, first run "
@@ -6384,17 +6352,10 @@ def show_status(options: argparse.Namespace) -> int:
 
 def _fetch_status(address: tuple[str, int]) -> str:
     """The status document of the status server at ADDRESS; empty if it sends none, cut off if it is too long. Raises
-    OSError, also if that takes longer than STATUS_SECONDS, and UnicodeError if there is no such host name."""
-    deadline = time.monotonic() + STATUS_SECONDS
-    answer = bytearray()
-    with socket.create_connection(address, STATUS_SECONDS) as connection:
+    OSError, and UnicodeError if there is no such host name."""
+    with socket.create_connection(address, STATUS_SECONDS) as connection, connection.makefile("rb") as stream:
         connection.sendall(b"GET /status.json HTTP/1.0\r\n\r\n")
-        while len(answer) <= 1 << 25:  # which is more than any daemon sends
-            connection.settimeout(max(deadline - time.monotonic(), 0.001))
-            chunk = connection.recv(1 << 20)
-            if not chunk:
-                break
-            answer += chunk
+        answer = stream.read(1 << 25)  # which is more than any daemon sends
     head, _, body = answer.partition(b"\r\n\r\n")
     return body.decode("utf-8", "replace") if head.startswith(b"HTTP/1.1 200 ") else ""
 
@@ -6402,11 +6363,10 @@ def _fetch_status(address: tuple[str, int]) -> str:
 def check(options: argparse.Namespace) -> int:
     """--check: print that the config file is good, and notes on its rules."""
     devices = scan_once(options)
-    verdict = f"{options.conf or DEFAULT_CONF_NAME}: good, {pluralize(len(devices.conf.rules), 'rule')}"
-    shared = describe_shared(find_shared(devices.plan))
-    notes = [*rule_notes(devices.conf.rules, options.domain)]
-    notes += map(printable, map(_with_names, shared, shared.values()))
-    write_output("".join(f"{line}\n" for line in [verdict, *notes]))
+    lines = [f"{options.conf or DEFAULT_CONF_NAME}: good, {pluralize(len(devices.conf.rules), 'rule')}"]
+    lines += rule_notes(devices.conf.rules, options.domain)
+    lines += [printable(_with_names(*each)) for each in describe_shared(find_shared(devices.plan)).items()]
+    write_output("".join(f"{line}\n" for line in lines))
     return 0
 
 
@@ -6440,8 +6400,10 @@ def dry_run(options: argparse.Namespace) -> int:
         if each:
             device = min(each, key=lambda device: not each[device].healthy)  # the first that is, or the first
             slot = each[device]
-            lines, is_allocated = _try_slot(slot, options, is_dra)
-            has_failed |= not is_allocated
+            try:
+                lines = _try_slot(slot, options.dev_dir, is_dra)
+            except AllocationError as error:
+                lines, has_failed = [f"nothing: {error}"], True
             if is_dra:
                 attributes = slice_device(device, slot, options.domain)["attributes"].items()
                 values = " ".join(f"{key}={value}" for key, typed in attributes for value in typed.values())
@@ -6454,13 +6416,9 @@ def dry_run(options: argparse.Namespace) -> int:
     return int(has_failed)
 
 
-def _try_slot(slot: Slot, options: argparse.Namespace, is_dra: bool) -> tuple[list[str], bool]:
-    """Lines that say what a container with SLOT is given, and whether all went well."""
-    try:
-        host_devices = HostDevices(options.dev_dir, lambda: None)
-        (given,) = host_devices.allocate(slot.resource, [[slot.id]])
-    except AllocationError as error:
-        return [f"nothing: {error}"], False
+def _try_slot(slot: Slot, dev_dir: str, is_dra: bool) -> list[str]:
+    """Lines that say what a container with SLOT is given. Raises AllocationError."""
+    (given,) = HostDevices(dev_dir, lambda: None).allocate(slot.resource, [[slot.id]])
     lines = []
     for host, container, permissions, nodes in given.specs:
         # CDI names nodes, no link or folder.
@@ -6469,7 +6427,7 @@ def _try_slot(slot: Slot, options: argparse.Namespace, is_dra: bool) -> tuple[li
             link, is_folder = target_of(path, targets)
             more = f" -> {link}" if link else f", {pluralize(len(targets), 'node')}" if is_folder else ""
             lines.append(f"{place} {permissions}" + (f" (the host's {path}{more})" if more or path != place else ""))
-    return lines + [f"{key}={value}" for key, value in sorted(given.env.items())], True
+    return lines + [f"{key}={value}" for key, value in sorted(given.env.items())]
 
 
 # Installing: --systemd-unit and --manifest print what stands in the appendix and in daemonset.yaml, with the values of
@@ -6489,9 +6447,9 @@ def print_systemd_unit(options: argparse.Namespace) -> int:
     for path in (sys.executable, script, options.conf or ""):
         if path.startswith(HOME_FOLDERS):
             raise Problem(f"{path} is in a home folder, which the unit hides from the service: first copy it to /opt")
-    given = {"conf": options.conf or "", **options.given, "pod_resources_socket": _pod_resources_socket(options)}
-    if given["pod_resources_socket"] == DEFAULT_POD_RESOURCES:
-        del given["pod_resources_socket"]
+    pod_resources = _pod_resources_socket(options)
+    pod_resources = "" if pod_resources == DEFAULT_POD_RESOURCES else pod_resources
+    given = {"conf": options.conf or "", **options.given, "pod_resources_socket": pod_resources}
     network = "PrivateNetwork=yes\nRestrictAddressFamilies=AF_UNIX"
     if options.listen:
         network = "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6"
@@ -6570,14 +6528,11 @@ def print_manifest(options: argparse.Namespace) -> int:
             raise Problem(f"{folder}/daemonset.yaml {problem}")
         text = text[: found.start()] + template.format(found=found[0], **values) + text[found.end() :]
     conf = ConfFile(options.conf or "")
-    conf.start()
+    conf.follow()
     maps = MANIFEST_HEAD
     for name, texts in ("smarter-device-manager", {"conf.yaml": conf.text}), ("smarter-device-manager-script", files):
         maps += CONFIG_MAP.format(name=name, namespace=values["namespace"])
-        for (
-            file,
-            content,
-        ) in texts.items():  # each is a block text, which begins after two of the blanks before its lines
+        for file, content in texts.items():  # as a block text, which begins after two of the blanks before its lines
             lines = content.rstrip("\n").split("\n")
             maps += f"  {file}: |2\n" + "".join(f"    {line}\n" if line else "\n" for line in lines)
         maps += "---\n"

@@ -835,7 +835,7 @@ def test_an_attribute_that_takes_too_long_is_not_matched_again(node: Node, monke
     assert {found.path for found in side.plan.left_out if found.text.startswith(reason)} == {"stick0", "stick1"}
     for reread in (False, False, True):
         clock.now += 1
-        assert cpu_seconds(lambda reread=reread: side.turn(reread)) < sdm.SEARCH_SECONDS / 2
+        assert cpu_seconds(lambda reread=reread: side.turn(reread=reread)) < sdm.SEARCH_SECONDS / 2
     node.sysfs("usb1/stick0", {"product": "Sonoff Zigbee"})
     clock.now += 1
     side.turn()
@@ -1592,7 +1592,7 @@ def test_a_broken_config_file_is_parsed_once_per_change(node: Node) -> None:
     good, bad = "- devicematch: ^a$\n", "- devicematch: ^a$\n" * 10000 + "- devicematch: (\n"
     node.rules(good)
     conf = sdm.ConfFile(str(node.conf))
-    conf.start()
+    conf.follow()
     node.conf.write_text(bad)
     parsing = cpu_seconds(conf.follow)
     assert conf.error == f'{node.conf}:10001:16: "(" is not a regular expression: missing ), unterminated subpattern'
@@ -1676,7 +1676,7 @@ def test_only_a_kept_conf_that_is_good_is_used_and_not_by_modes(node: Node) -> N
         assert node.run(mode).returncode == 0
     assert not any(node.plugins.iterdir())
     kept = kept_conf(node)
-    sdm.ConfFile(str(node.conf), str(kept)).start()
+    sdm.ConfFile(str(node.conf), str(kept)).follow()
     good = kept.read_bytes()
     node.rules("- devicematch: (\n")
     for mode in ("--check", "--list", "--dry-run"):
@@ -1700,7 +1700,7 @@ def test_only_a_kept_conf_that_is_good_is_used_and_not_by_modes(node: Node) -> N
         assert [bool(re.search(pattern, line)) for line in ignored] == [True] * bool(problem), done.stderr
     kept.write_bytes(good)
     conf = sdm.ConfFile(str(node.conf), str(kept))
-    conf.start()
+    conf.follow()
     assert conf.text == GPU_RULE.format(1)
 
 
@@ -1725,7 +1725,7 @@ def test_while_new_rules_cannot_be_kept_the_older_ones_stay(node: Node) -> None:
     texts = [GPU_RULE.format(slots) for slots in (1, 2)]
     node.rules(texts[0])
     conf = sdm.ConfFile(str(node.conf), str(kept_conf(node)))
-    conf.start()
+    conf.follow()
     assert kept_conf(node).read_text() == texts[0]
     node.rules(texts[1])
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -1737,7 +1737,7 @@ def test_while_new_rules_cannot_be_kept_the_older_ones_stay(node: Node) -> None:
     assert os.listdir(node.plugins) == [kept_conf(node).name]
     node.rules("- devicematch: (\n")
     again = sdm.ConfFile(str(node.conf), str(kept_conf(node)))
-    again.start()
+    again.follow()
     assert again.text == texts[0]
     assert not conf.follow()
     assert kept_conf(node).read_text() == texts[1]
@@ -6334,7 +6334,8 @@ def test_the_daemon_first_and_kubelet_later(node: Node, start: Starter, manager:
 HANGS = {
     "kubelet side": "deliver = sdm.DevicePluginSide.deliver\n"
     "sdm.DevicePluginSide.deliver = lambda side, plan: (deliver(side, plan), side._loop.call_later(1, hang))",
-    "device side": "sdm.DeviceSide.request_full_scan = lambda devices: hang()",
+    "device side": "turn = sdm.DeviceSide.turn\n"
+    "sdm.DeviceSide.turn = lambda devices, full=False, **more: hang() if full else turn(devices, full, **more)",
 }
 
 
