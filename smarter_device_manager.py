@@ -993,15 +993,14 @@ def _parse_rules(text: str) -> tuple[Rule, ...]:
         raise document.error("the file has no rules; write a list: - devicematch: ^video[0-9]*$")
     if not isinstance(document.value, list):
         raise _wrong(document, "a list of rules (- devicematch: ...)")
-    return tuple(_parse_rule(node) for node in document.value)
-
-
-def _parse_rule(node: Node) -> Rule:
-    if not isinstance(node.value, dict):
-        raise _wrong(node, "a rule (devicematch: ...)")
-    reader = _RuleReader()
-    fields = reader.fields(node, _KEYS, "a rule needs devicematch, a regular expression")
-    return Rule(line=node.line, match=reader.match, values=tuple(reader.values), **fields)
+    rules = []
+    for node in document.value:
+        if not isinstance(node.value, dict):
+            raise _wrong(node, "a rule (devicematch: ...)")
+        reader = _RuleReader()
+        fields = reader.fields(node, _KEYS, "a rule needs devicematch, a regular expression")
+        rules.append(Rule(line=node.line, match=reader.match, values=tuple(reader.values), **fields))
+    return tuple(rules)
 
 
 def resource_name(text: str) -> str:
@@ -2679,12 +2678,9 @@ class DeviceSide:
         }
 
 
-_Subject = tuple[str, str, int]  # a resource and a path in it, or "", a path that is left out and its rule's line
-
-
 @dataclass
 class _LoggedState:
-    """What ChangeLog knows of a subject."""
+    """What ChangeLog knows of a device of a resource, or of a path that is left out."""
 
     now: str | None = None  # its problem, or why it is left out; None: the plan does not have it
     said: str | None = None  # the same, as of its last line
@@ -2699,7 +2695,7 @@ class ChangeLog:
     CHANGE_SECONDS = 1.0
 
     def __init__(self) -> None:
-        self._states: dict[_Subject, _LoggedState] = {}
+        self._states: dict[tuple[str, str, int], _LoggedState] = {}  # by resource, path and 0; or "", path and line
         self._shared: dict[str, str] = {}  # what was logged of nodes that several resources offer
 
     def take(self, plan: Plan) -> None:
@@ -5959,8 +5955,8 @@ class KubeletThread(threading.Thread):
             if now.endswith("//deleted"):
                 raise Problem(f"the directory {folder} was deleted, and only this mount keeps it; exiting, {end}")
             if now != self._mounted[folder]:
-                way = f"from {self._mounted[folder]} to {now}"
-                raise Problem(f"the directory that is mounted at {folder} was moved, {way}; exiting, {end}")
+                where = f"the directory that is mounted at {folder}"
+                raise Problem(f"{where} was moved, from {self._mounted[folder]} to {now}; exiting, {end}")
         before, self._directory = self._directory, ()
         with contextlib.suppress(OSError):
             found = os.stat(self._side.plugin_dir)
@@ -6278,8 +6274,8 @@ def render_attributes(path: str, chain: Iterable[tuple[str, Mapping[str, str]]])
     for folder, attributes in chain:
         lines += ["", f"  # {printable(folder)}", "  attributes:"]
         for name, value in attributes.items():
-            is_plain = re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name) and name not in _CONSTANTS
-            key = name if is_plain and not _NOT_PLAIN_TEXT.fullmatch(name) else "'" + name.replace("'", "''") + "'"
+            is_plain = re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name) and not _NOT_PLAIN_TEXT.fullmatch(name)
+            key = name if is_plain else "'" + name.replace("'", "''") + "'"
             lines.append(f"    {key}: {quoted(value)}")
     return "\n".join(lines) + "\n"
 
