@@ -6224,7 +6224,7 @@ def read_all_attributes(sys_dir: str, node: Entry) -> Sequence[tuple[str, Values
     return found
 
 
-def show_attributes(options: argparse.Namespace) -> int:
+def show_attributes(options: argparse.Namespace) -> None:
     """--list --attributes: print the attributes of a device in sysfs, as the beginnings of a rule."""
     whole = os.path.normpath(os.path.join(options.dev_dir, options.attributes))
     tops = [f"{top}/" for top in (options.dev_dir, "/dev") if whole.startswith(f"{top}/")]
@@ -6249,12 +6249,8 @@ def show_attributes(options: argparse.Namespace) -> int:
     if not chain:
         number = f"{kind} {os.major(device)}:{os.minor(device)}"
         raise Problem(f"{options.sys_dir} does not have {shown} ({number}); --sys-dir names the host's /sys")
-    if options.json:
-        blocks = [{"folder": folder, "attributes": attributes} for folder, attributes in chain]
-        write_output(json.dumps(blocks, indent=2) + "\n")
-    else:
-        write_output(render_attributes(path, chain))
-    return 0
+    blocks = [{"folder": folder, "attributes": attributes} for folder, attributes in chain]
+    write_output(json.dumps(blocks, indent=2) + "\n" if options.json else render_attributes(path, chain))
 
 
 def render_attributes(path: str, chain: Iterable[tuple[str, Mapping[str, str]]]) -> str:
@@ -6305,12 +6301,12 @@ def render_overridden(overridden: Sequence[tuple[Rule, Device]], plan: Plan) -> 
     return text + render_section(title, ("LINE", "DEVICEMATCH", "BY LINE"), inert)
 
 
-def show_list(options: argparse.Namespace) -> int:
+def show_list(options: argparse.Namespace) -> None:
     """--list: print what would be offered."""
     if options.attributes is not None:
-        return show_attributes(options)
-    _print_list(scan_once(options), options)
-    return 0
+        show_attributes(options)
+    else:
+        _print_list(scan_once(options), options)
 
 
 def _print_list(devices: DeviceSide, options: argparse.Namespace) -> None:
@@ -6326,7 +6322,7 @@ def _print_list(devices: DeviceSide, options: argparse.Namespace) -> None:
     write_output("".join(parts))
 
 
-def show_status(options: argparse.Namespace) -> int:
+def show_status(options: argparse.Namespace) -> None:
     """--status: print the state of a running daemon."""
     host, port = (options.listen or ("127.0.0.1", 8080)) if options.status is True else options.status
     address = ("127.0.0.1" if host in ("", "0.0.0.0", "::") else host, port)
@@ -6343,7 +6339,6 @@ def show_status(options: argparse.Namespace) -> int:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise Problem(f"what answers on {where} is not a smarter-device-manager, or has another version") from None
     write_output(json.dumps(document, indent=2) + "\n" if options.json else text)
-    return 0
 
 
 def _fetch_status(address: tuple[str, int]) -> str:
@@ -6356,14 +6351,13 @@ def _fetch_status(address: tuple[str, int]) -> str:
     return body.decode("utf-8", "replace") if head.startswith(b"HTTP/1.1 200 ") else ""
 
 
-def check(options: argparse.Namespace) -> int:
+def check(options: argparse.Namespace) -> None:
     """--check: print that the config file is good, and notes on its rules."""
     devices = scan_once(options)
     lines = [f"{options.conf or DEFAULT_CONF_NAME}: good, {pluralize(len(devices.conf.rules), 'rule')}"]
     lines += rule_notes(devices.conf.rules, options.domain)
     lines += [printable(_with_names(*each)) for each in describe_shared(find_shared(devices.plan)).items()]
     write_output("".join(f"{line}\n" for line in lines))
-    return 0
 
 
 def rule_notes(rules: Iterable[Rule], domain: str) -> Iterator[str]:
@@ -6379,7 +6373,8 @@ def rule_notes(rules: Iterable[Rule], domain: str) -> Iterator[str]:
 
 
 def dry_run(options: argparse.Namespace) -> int:
-    """--dry-run: allocate a slot of each resource of this machine, and print what a container would be given."""
+    """--dry-run: allocate a slot of each resource of this machine, and print what a container would be given; 1 if that
+    failed for one of them, or if there is none."""
     is_dra = options.api == "dra"
     devices = scan_once(options, with_facts=is_dra)
     if not devices.plan.resources:
@@ -6434,7 +6429,7 @@ DEFAULT_IMAGE = "docker.io/library/python:3.13-slim"
 DEFAULT_NAMESPACE = "kube-system"
 
 
-def print_systemd_unit(options: argparse.Namespace) -> int:
+def print_systemd_unit(options: argparse.Namespace) -> None:
     """--systemd-unit: print a unit that runs this script with these options, before the node's kubelet."""
     if options.api == "dra":
         raise Problem("--systemd-unit does not support --api dra")
@@ -6462,7 +6457,6 @@ def print_systemd_unit(options: argparse.Namespace) -> int:
         network=network,
     )
     write_output(unit)
-    return 0
 
 
 def _pod_resources_socket(options: argparse.Namespace) -> str:
@@ -6499,7 +6493,7 @@ MANIFEST_OPTIONS = {
 }
 
 
-def print_manifest(options: argparse.Namespace) -> int:
+def print_manifest(options: argparse.Namespace) -> None:
     """--manifest: print daemonset.yaml with this script in it, so that a public image of Python is enough."""
     if options.api == "dra":
         raise Problem("--manifest does not support --api dra; use helm template, see docs/dra.md")
@@ -6533,7 +6527,6 @@ def print_manifest(options: argparse.Namespace) -> int:
             maps += f"  {file}: |2\n" + "".join(f"    {line}\n" if line else "\n" for line in lines)
         maps += "---\n"
     write_output(maps + text)
-    return 0
 
 
 def _manifest_values(options: argparse.Namespace, files: str) -> dict[str, str]:
@@ -6579,7 +6572,8 @@ def _read_text(path: str) -> str:
         raise Problem(f"cannot read {path}: {problem}; the manifest is made from it") from None
 
 
-MODES: Mapping[str, tuple[Callable[[argparse.Namespace], int], str]] = {  # but --status, which can have an address
+# But --status, which can have an address. A mode returns the exit status, unless that is 0.
+MODES: Mapping[str, tuple[Callable[[argparse.Namespace], int | None], str]] = {
     "check": (check, "say whether the config file is good"),
     "list": (show_list, "print what would be offered, and what is left out and why"),
     "dry_run": (dry_run, "allocate each resource, without a kubelet"),
@@ -6801,7 +6795,7 @@ def run(options: argparse.Namespace) -> int:
     for name, (mode, _) in {**MODES, "status": (show_status, "")}.items():
         if getattr(options, name):
             set_up_log(options, logging.StreamHandler(), logging.WARNING)
-            return mode(options)
+            return mode(options) or 0
     signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
     restart_compiled()
     writer = LogWriter()
