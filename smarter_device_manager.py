@@ -719,6 +719,7 @@ def _repeat(part: _Part, token: re.Match[str]) -> _Part:
 # ---------------------------------------------------------------------------------------------------------------------
 
 CONF_BYTES = 1 << 20  # the most that a ConfigMap can hold
+DEFAULT_DOMAIN = "smarter-devices"
 MAX_SLOTS = 10_000
 PARSE_SECONDS = 20.0  # of CPU time that the config file may take; one of 1 MiB takes 4 s, most a millisecond
 TEGRA = "nvidia-gpu"  # a devicematch with exactly this text means the GPUs of a Tegra board, which have no node in /dev
@@ -3342,7 +3343,6 @@ RESERVED_DESCRIPTORS = 96  # for clients of the status server (64), Allocate, ku
 NO_DESCRIPTORS = "no file descriptors are left for it; raise the limit of this process (LimitNOFILE=, ulimit -n)"
 OTHER_INSTANCE = "another instance serves it; this one takes over when that ends"
 SHORTEST_NAME = 10  # of a resource, in its socket's name: a letter, a dash and 8 hexadecimal digits
-DEFAULT_DOMAIN = "smarter-devices"
 
 
 class HostDevices:
@@ -6194,6 +6194,20 @@ def program_name() -> str:
     return "smarter_device_manager.py" if name in ("", "-c", "-m", "__main__.py") else name
 
 
+def write_output(text: str) -> None:
+    """Print TEXT now. Raises BrokenPipeError if the reader has gone (--list | head), and Problem if a write fails.
+
+    After that, stdout is /dev/null; otherwise Python would try again when it exits, and complain.
+    """
+    try:
+        print(text, end="", flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise Problem(f"cannot write the output: {error.strerror}") from None
+
+
 def scan_once(options: argparse.Namespace, with_facts: bool = False) -> DeviceSide:
     """The device side after its first scan, for modes that need no more. Raises Problem."""
     devices = DeviceSide(options.conf or "", options.dev_dir, options.sys_dir, with_facts=with_facts)
@@ -6735,20 +6749,6 @@ def set_up_log(options: argparse.Namespace, handler: logging.Handler, level: int
     refusals = ("refused", "start-refused")
     handler.addFilter(lambda record: record.levelno >= least or getattr(record, "event", "") in refusals)
     logging.basicConfig(level=min(least, logging.INFO), handlers=[handler])
-
-
-def write_output(text: str) -> None:
-    """Print TEXT now. Raises BrokenPipeError if the reader has gone (--list | head), and Problem if a write fails.
-
-    After that, stdout is /dev/null; otherwise Python would try again when it exits, and complain.
-    """
-    try:
-        print(text, end="", flush=True)
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            raise
-        raise Problem(f"cannot write the output: {error.strerror}") from None
 
 
 def main() -> int:
