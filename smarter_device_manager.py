@@ -1590,12 +1590,16 @@ class Sysfs:
             return None
 
     def tegra_gpus(self) -> list[str]:
-        """The numbers of the GPUs that a Tegra board has as platform devices."""
+        """The numbers of the GPUs that a Tegra board has as platform devices. Raises OSError as read_chain() does."""
         found: set[str] = set()
         for folder in ("devices", "devices/platform"):
-            with contextlib.suppress(OSError):  # no sysfs here, or not that kind of board
+            try:
                 names = os.listdir(f"{self._sys_dir}/{folder}")
-                found.update(name[4:] for name in names if re.fullmatch(r"gpu\.[0-9]+", name))
+            except OSError as error:
+                if error.errno in SCARCE:
+                    raise
+                names = []  # no sysfs here, or not that kind of board
+            found.update(name[4:] for name in names if re.fullmatch(r"gpu\.[0-9]+", name))
         return sorted(found, key=int)
 
 
@@ -2616,7 +2620,9 @@ class DeviceSide:
         has_changed |= snapshot is not self.snapshot
         self.snapshot, self.scan_seconds = snapshot, time.monotonic() - began
         if full:
-            gpus, self._gpus = self._gpus, self._sysfs.tegra_gpus()
+            gpus = self._gpus
+            with contextlib.suppress(OSError):  # too many open files, say: those that were there still count
+                self._gpus = self._sysfs.tegra_gpus()
             has_changed |= gpus != self._gpus or any(when <= now for when in expiry_times(before))
         if has_changed:
             self._look = find_devices(self.snapshot, self._gpus, self._matcher, self._dev_dir)

@@ -2407,6 +2407,11 @@ def test_without_descriptors_what_was_seen_still_counts(node: Node) -> None:
         found = scanner.scan()
     assert set(found.entries) == before
     assert set(scanner.scan().entries) == before | {"h", "d/i"}
+    (node.sys / "devices/gpu.0").mkdir()
+    side = device_side(node, "- devicematch: nvidia-gpu\n")
+    side.start()
+    with without_descriptors():
+        assert side.turn(reread=True) is None and not problem_of(side, "nvidia-gpu0")
 
 
 def test_a_folder_that_must_not_be_listed_is_told(node: Node) -> None:
