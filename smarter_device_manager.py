@@ -468,10 +468,9 @@ class Expression:
     is not tried again with the same text.
     """
 
-    were_slow = False  # whether searches for several expressions took too long together: then each gets its own limit
-    slow_texts: frozenset[str] = frozenset()  # those in which a search took too long
     MAX_SLOW_TEXTS = 1000  # with more, all but the newest are forgotten
     MAX_FASTER = 20  # the more searches took too long, the less time the next one gets: down to this part of it
+    were_slow = False  # whether searches for several expressions took too long together: then each gets its own limit
 
     def __init__(self, pattern: str) -> None:
         """Raises ExpressionError."""
@@ -483,20 +482,21 @@ class Expression:
         except (re.error, ValueError, OverflowError, RecursionError) as error:
             problem = getattr(error, "msg", "") or "it is too large"
             raise ExpressionError(f"{_shown(pattern)} is not a regular expression: {problem}") from None
+        self.slow_texts: set[str] = set()  # those in which a search took too long
 
     def search(self, text: str, whole: bool = False) -> re.Match[str] | SearchTimeout | None:
         """What is found in TEXT, or, if it must match as a WHOLE, whether it does."""
-        if text in self.slow_texts:
-            return SearchTimeout()
         find = self.compiled.fullmatch if whole else self.compiled.search
         seconds = SEARCH_SECONDS / min(1 + len(self.slow_texts), self.MAX_FASTER)
-        try:
-            return ALARM.limit(lambda: find(text), seconds)
-        except SearchTimeout as timeout:
-            others = self.slow_texts if len(self.slow_texts) < self.MAX_SLOW_TEXTS else ()
-            self.slow_texts = frozenset([*others, text])
-            time.sleep(seconds)
-            return timeout.with_traceback(None)
+        if text not in self.slow_texts:
+            try:
+                return ALARM.limit(lambda: find(text), seconds)
+            except SearchTimeout:
+                if len(self.slow_texts) == self.MAX_SLOW_TEXTS:
+                    self.slow_texts.clear()
+                self.slow_texts.add(text)
+                time.sleep(seconds)
+        return SearchTimeout()
 
 
 def search_all(expressions: Sequence[Expression], text: str) -> Sequence[re.Match[str] | SearchTimeout | None]:
@@ -571,6 +571,17 @@ class _Part(NamedTuple):
     may_be_empty: bool  # it can match without consuming a character
     may_take: bool  # it can match and consume one
 
+    def repeat(self, token: re.Match[str]) -> _Part:
+        """It repeated as TOKEN says, which is one of * + ? {n} {n,} {n,m}, or one of these and a ?."""
+        least, comma, most = {"*": "0,", "+": "1,", "?": "0,1"}.get(token[0][0], token["count"]).partition(",")
+        may_differ = comma and (not most or int(most) - int(least) > 1)  # in how often it is repeated
+        if self.may_be_empty and self.may_take and may_differ:
+            remedy = "make it match at least one character, such as (a+)* for (a*)*"
+            problem = "repeats something that may be empty, which Go and Python handle differently"
+            raise ExpressionError(f"{token[0]} {problem}; {remedy}")
+        text = self.text if self.may_take else f"(?:{self.text})"  # re cannot repeat an assertion as it stands
+        return _Part(text + token[0], self.may_be_empty or least == "0", self.may_take)
+
 
 class _Translator:
     """Translates a pattern for Go's RE2 to an expression of Python's re that means the same with re.ASCII.
@@ -625,7 +636,7 @@ class _Translator:
                 if not is_repeatable:
                     remedy = rf"for the character itself, write \{token[0][0]}"
                     raise ExpressionError(f"there is nothing before {token[0]} to repeat; {remedy}")
-                parts[-1] = _repeat(parts[-1], token)
+                parts[-1] = parts[-1].repeat(token)
             elif token["assertion"]:
                 is_of_lines = "m" in self.flags and token[0] in "^$"
                 parts.append(_Part(f"(?m:{token[0]})" if is_of_lines else _ASSERTIONS[token[0]], True, False))
@@ -700,19 +711,6 @@ class _Translator:
         return re.escape(char)
 
 
-def _repeat(part: _Part, token: re.Match[str]) -> _Part:
-    """PART repeated as TOKEN says, which is one of * + ? {n} {n,} {n,m}, or one of these and a ?."""
-    least, comma, most = {"*": "0,", "+": "1,", "?": "0,1"}.get(token[0][0], token["count"]).partition(",")
-    may_differ = comma and (not most or int(most) - int(least) > 1)  # in how often it is repeated
-    if part.may_be_empty and part.may_take and may_differ:
-        raise ExpressionError(
-            f"{token[0]} repeats something that may be empty, which Go and Python handle differently; "
-            f"make it match at least one character, such as (a+)* for (a*)*"
-        )
-    text = part.text if part.may_take else f"(?:{part.text})"  # re cannot repeat an assertion as it stands
-    return _Part(text + token[0], part.may_be_empty or least == "0", part.may_take)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Rules: from the text of a config file to checked rules. A new key takes one more field of Rule, with its reader. The
 # chapters below rely on every Rule being valid: expanding its templates cannot fail.
@@ -783,21 +781,11 @@ def expand(template: str, match: re.Match[str], values: Mapping[str, str]) -> st
 
     def replacement(found: re.Match[str]) -> str:
         if not found["attribute"]:
-            return match[_group(found)] or ""
+            return match.expand(found[0])
         value = re.sub(r"[^A-Za-z0-9_.-]", "_", values[found["attribute"]])
         return value if value.strip(".") else "_" * len(value)
 
     return _REFERENCE.sub(replacement, template)
-
-
-def attributes_in(template: str) -> tuple[str, ...]:
-    """The names of the sysfs attributes that TEMPLATE refers to."""
-    return tuple(dict.fromkeys(found["attribute"] for found in _REFERENCE.finditer(template) if found["attribute"]))
-
-
-def _group(reference: re.Match[str]) -> int | str:
-    name = reference["number"] or reference["group"]
-    return int(name) if name.isdecimal() else name
 
 
 # Readers: from a node of the config file to a field of Rule or Companion. Each raises ConfigError at the node's place.
@@ -877,19 +865,16 @@ class _RuleReader:
         text = _text(node)
         if "\0" in text:
             raise _wrong(node, "a text without NUL")
-        groups = {*range(self.match.compiled.groups + 1), *self.match.compiled.groupindex}
+        groups = {*map(str, range(self.match.compiled.groups + 1)), *self.match.compiled.groupindex}
         for reference in _REFERENCE.finditer(text):
-            problem = ""
             if reference["wrong"] is not None:
                 remedy = r"write a group of devicematch or an attribute: \1, \g<name>, \g<attr:serial>"
-                problem = f"after a backslash, {remedy}"
-            elif reference["attribute"]:
+                raise node.error(f"{_shown(text)}: after a backslash, {remedy}")
+            if reference["attribute"]:
                 _check_attribute(reference["attribute"], node)
                 self.values[reference["attribute"]] = None
-            elif _group(reference) not in groups:
-                problem = f"devicematch has no group {reference[0]}"
-            if problem:
-                raise node.error(f"{_shown(text)}: {problem}")
+            elif (reference["number"] or reference["group"]) not in groups:
+                raise node.error(f"{_shown(text)}: devicematch has no group {reference[0]}")
         return text
 
     def resource(self, node: Node) -> str:
@@ -993,15 +978,14 @@ def _parse_rules(text: str) -> tuple[Rule, ...]:
         raise document.error("the file has no rules; write a list: - devicematch: ^video[0-9]*$")
     if not isinstance(document.value, list):
         raise _wrong(document, "a list of rules (- devicematch: ...)")
-    return tuple(_parse_rule(node) for node in document.value)
-
-
-def _parse_rule(node: Node) -> Rule:
-    if not isinstance(node.value, dict):
-        raise _wrong(node, "a rule (devicematch: ...)")
-    reader = _RuleReader()
-    fields = reader.fields(node, _KEYS, "a rule needs devicematch, a regular expression")
-    return Rule(line=node.line, match=reader.match, values=tuple(reader.values), **fields)
+    rules = []
+    for node in document.value:
+        if not isinstance(node.value, dict):
+            raise _wrong(node, "a rule (devicematch: ...)")
+        reader = _RuleReader()
+        fields = reader.fields(node, _KEYS, "a rule needs devicematch, a regular expression")
+        rules.append(Rule(line=node.line, match=reader.match, values=tuple(reader.values), **fields))
+    return tuple(rules)
 
 
 def resource_name(text: str) -> str:
@@ -1988,6 +1972,9 @@ def make_device(
     name = resource_name(expand(rule.resource, match, found.values) if rule.resource else path)
     if not name:
         raise NotADevice(Reason.NO_NAME)
+    naming = {
+        attribute: value for attribute, value in found.values.items() if rf"\g<attr:{attribute}>" in rule.resource
+    }
     env = {"NVIDIA_VISIBLE_DEVICES": match[1]} if rule.pattern == TEGRA else {}
     env.update((name, expand(template, match, found.values)) for name, template in rule.env)
     known = [look.chains.get(node.entry, ()) for node in nodes]
@@ -1998,7 +1985,7 @@ def make_device(
         is_pool=bool(rule.resource),
         slots=rule.slots,
         nodes=nodes,
-        chosen_by={**found.held, **{name: found.values[name] for name in attributes_in(rule.resource)}},
+        chosen_by={**found.held, **naming},
         values=found.values,
         since=look.now,
         parts=tuple(_parts(path, rule, match, found.values)),
