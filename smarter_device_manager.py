@@ -1064,6 +1064,14 @@ SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of these, an error does n
 SYSFS_HANGS = "sysfs does not answer"
 NO_ATTRIBUTES_YET = f"{SYSFS_HANGS}, so its attributes cannot be read"
 USB_FACTS = ("idVendor", "idProduct", "serial", "manufacturer", "product")  # of a USB device, for DRA
+MAX_LINKS = 40  # that one path may lead through, as in path_resolution(7)
+# By the letter of ls(1).
+_KINDS = {"c": CHAR, "b": BLOCK, "d": FOLDER, "l": LINK, "-": "plain file", "s": "socket", "p": "FIFO"}
+
+Tree = Union["Snapshot", "LiveTree"]  # what resolve() walks over
+Names = tuple[str, ...]  # of sysfs attributes
+Values = Mapping[str, str]  # of sysfs attributes, by name
+Chain = Sequence[Values]  # what sysfs says of a device: the attributes in its own folder first, then its parents'
 
 
 class Reason(enum.Enum):
@@ -1127,9 +1135,6 @@ class DeviceNode(NamedTuple):
     entry: Entry
 
 
-Tree = Union["Snapshot", "LiveTree"]  # what resolve() walks over
-
-
 @dataclass(frozen=True)
 class Snapshot:
     """/dev at one moment: every entry by its path below it, and the sorted names of each folder; its own path is ""."""
@@ -1179,9 +1184,6 @@ def resolve(tree: Tree, path: str, dev_dir: str) -> list[DeviceNode]:
     return nodes
 
 
-MAX_LINKS = 40  # that one path may lead through, as in path_resolution(7)
-
-
 def _real_path(tree: Tree, path: str, dev_dir: str) -> str:
     """PATH with its links followed, as path_resolution(7) has it, but inside /dev. Raises NotADevice."""
     todo = path.split("/")[::-1]
@@ -1219,12 +1221,6 @@ def _real_path(tree: Tree, path: str, dev_dir: str) -> str:
     return "/".join(done)
 
 
-# What sysfs says of a device: the attributes in its own folder, value by name, then those in its parents' folders.
-Chain = Sequence[Mapping[str, str]]
-Names = tuple[str, ...]  # of attributes
-Values = Mapping[str, str]  # of attributes, by name
-
-
 class Fit(NamedTuple):
     """How a rule fits a device."""
 
@@ -1243,30 +1239,32 @@ def fit(rule: Rule, chains: Iterable[Chain | None]) -> Fit:
     """
     if not rule.attributes and not rule.values:
         return Fit()
-    fits, problems = [], []
+    fits: list[Fit] = []
+    misfits: list[NotADevice] = []
     for chain in chains:
         if chain is None:
-            problems.append(NotADevice(Reason.ATTRIBUTES, why=NO_ATTRIBUTES_YET))
+            misfits.append(NotADevice(Reason.ATTRIBUTES, why=NO_ATTRIBUTES_YET))
             continue
         chosen = next((folder for folder in chain if _has_all(folder, rule.attributes)), None)
         if chosen is None:
-            problems.append(_describe_misfit(rule.attributes, chain))
+            misfits.append(_describe_misfit(rule.attributes, chain))
             continue
-        values, missing = {}, []
+        values: dict[str, str] = {}
+        missing = []
         for name in rule.values:
-            values[name] = next(iter(values_of([chosen, *chain], name)), "")
-            if not values_of(chain, name):
-                missing.append(rf"its {name} is not there (asked for: \g<attr:{name}>)")
-            elif len(values[name]) > MAX_VALUE:
-                missing.append(rf"its {name} is longer than {MAX_VALUE} characters (asked for: \g<attr:{name}>)")
+            found = values_of([chosen, *chain], name)
+            values.update((name, value) for value in found[:1])
+            if not found or len(found[0]) > MAX_VALUE:
+                state = f"longer than {MAX_VALUE} characters" if found else "not there"
+                missing.append(rf"its {name} is {state} (asked for: \g<attr:{name}>)")
         held = {item.name: chosen[item.name] for item in rule.attributes}
         if not missing:
             return Fit(held, values)
         fits.append(Fit(held, values, NotADevice(Reason.ATTRIBUTES, why="; ".join(missing))))
-    if not fits and not rule.attributes:
-        fits = [Fit(problem=problem) for problem in problems]
+    if misfits and not fits and not rule.attributes:
+        return Fit(problem=misfits[0])
     if not fits:
-        raise next(iter(problems), NotADevice(Reason.NO_ATTRIBUTES))
+        raise next(iter(misfits), NotADevice(Reason.NO_ATTRIBUTES))
     return fits[0]
 
 
@@ -1286,20 +1284,20 @@ def _describe_misfit(attributes: Iterable[Attribute], chain: Chain) -> NotADevic
     return NotADevice(Reason.PATTERN_TIMEOUT if slow else Reason.ATTRIBUTES, why="; ".join(slow + others))
 
 
-def numa_of(chain: Chain) -> int | None:
-    """The NUMA node that the device with CHAIN is close to; None if there is none."""
-    known = (int(value) for value in values_of(chain, "numa_node") if value.isdecimal() and value.isascii())
-    return next((numa for numa in known if numa < 1 << 63), None)  # NUMANode.ID of the device plugin API is an int64
-
-
-def facts_of(chain: Chain) -> Values:
-    """What DRA publishes of the device with CHAIN. Its driver and its USB device are those of the nearest parent that
-    has one."""
-    usb_device = next((folder for folder in chain if folder.get("idVendor")), {})
-    driver = next(iter(values_of(chain, "driver")), None)
-    facts = {"subsystem": chain[0].get("subsystem") if chain else None, "driver": driver}
-    facts.update((name, usb_device.get(name)) for name in USB_FACTS)
-    return {name: value for name, value in facts.items() if value}
+def describe_device(chains: Sequence[Chain]) -> tuple[tuple[int, ...], Values]:
+    """The NUMA nodes that the device whose nodes have CHAINS is close to, and what DRA publishes of it: that on which
+    its nodes agree. The driver and the USB device of a node are those of the nearest parent that has one."""
+    numa: set[int] = set()
+    facts: list[dict[str, str | None]] = []
+    for chain in chains:
+        known = (int(value) for value in values_of(chain, "numa_node") if value.isdecimal() and value.isascii())
+        numa.update([each for each in known if each < 1 << 63][:1])  # NUMANode.ID of the device plugin API is an int64
+        usb_device = next((folder for folder in chain if folder.get("idVendor")), {})
+        facts.append({"subsystem": chain[0].get("subsystem"), "driver": next(iter(values_of(chain, "driver")), None)})
+        facts[-1].update((name, usb_device.get(name)) for name in USB_FACTS)
+    first = facts[0] if facts else {}
+    agreed = {name: value for name, value in first.items() if value and all(each[name] == value for each in facts)}
+    return tuple(sorted(numa)), agreed
 
 
 def find_changes(chain: Chain, before: Values) -> str:
@@ -1315,10 +1313,6 @@ def find_changes(chain: Chain, before: Values) -> str:
 def values_of(chain: Chain, name: str) -> list[str]:
     """The values that the attribute NAME has in the folders of CHAIN that have it."""
     return [folder[name] for folder in chain if name in folder]
-
-
-# By the letter of ls(1).
-_KINDS = {"c": CHAR, "b": BLOCK, "d": FOLDER, "l": LINK, "-": "plain file", "s": "socket", "p": "FIFO"}
 
 
 def _entry(found: os.stat_result, root: os.stat_result, path: str, target: str = "") -> Entry:
@@ -1450,11 +1444,10 @@ class Scanner:
         old, self._listings = self._listings, listings
         if old.keys() != listings.keys() or any(old[path].entries is not listings[path].entries for path in old):
             entries = {"": _entry(root, root, f"{self._dev_dir}/.")}
-            for path, listing in listings.items():
-                entries.update((path + name, entry) for name, entry in listing.entries.items())
-            for path, listing in listings.items():
+            for path, listing in listings.items():  # each folder comes after the one that it is in
                 if not listing.stamp:
                     entries[path[:-1]] = entries[path[:-1]]._replace(kind="folder that cannot be listed")
+                entries.update((path + name, entry) for name, entry in listing.entries.items())
             folders = {path[:-1]: sorted(listing.entries) for path, listing in listings.items()}
             self._snapshot = Snapshot(entries, folders)
         return self._snapshot
@@ -1574,7 +1567,7 @@ class Sysfs:
             return None
 
     def tegra_gpus(self) -> list[str]:
-        """The numbers of the GPUs that a Tegra board has as platform devices. Raises OSError as read_chain() does."""
+        """The names of the GPUs that a Tegra board has as platform devices. Raises OSError as read_chain() does."""
         found: set[str] = set()
         for folder in ("devices", "devices/platform"):
             try:
@@ -1583,8 +1576,8 @@ class Sysfs:
                 if error.errno in SCARCE:
                     raise
                 names = []  # no sysfs here, or not that kind of board
-            found.update(name[4:] for name in names if re.fullmatch(r"gpu\.[0-9]+", name))
-        return sorted(found, key=int)
+            found.update(f"{TEGRA}{name[4:]}" for name in names if re.fullmatch(r"gpu\.[0-9]+", name))
+        return sorted(found)
 
 
 def start_read(job: Callable[[], T]) -> concurrent.futures.Future[T]:
@@ -1598,7 +1591,6 @@ def start_read(job: Callable[[], T]) -> concurrent.futures.Future[T]:
         except Exception as error:
             read.set_exception(error)
 
-    read.set_running_or_notify_cancel()
     threading.Thread(target=run, name="sysfs", daemon=True).start()
     return read
 
@@ -1722,11 +1714,6 @@ class Slot(NamedTuple):
         """Its ID in the device plugin API, which follows from paths alone: so it means the same device tomorrow."""
         return f"{self.device.path}:{self.number}" if self.resource.pool else str(self.number)
 
-    @property
-    def healthy(self) -> bool:
-        """Whether its device can be given to a container."""
-        return not self.device.problem
-
 
 class LeftOut(NamedTuple):
     """A path that a rule names but that is not offered under that rule, and why."""
@@ -1735,11 +1722,6 @@ class LeftOut(NamedTuple):
     line: int
     reason: Reason
     text: str  # of the reason
-
-    @classmethod
-    def of(cls, path: str, line: int, error: NotADevice) -> LeftOut:
-        """PATH, which the rule in LINE names, left out because of ERROR."""
-        return cls(path, line, error.reason, str(error))
 
 
 @dataclass(frozen=True)
@@ -1752,8 +1734,6 @@ class Plan:
 
 
 EMPTY_PLAN = Plan({}, (), ())
-
-
 Named = Sequence[tuple[Rule, Union[re.Match[str], SearchTimeout]]]
 
 
@@ -1770,15 +1750,10 @@ class Matcher:
 
     def _find(self, path: str) -> Named:
         """The rules that name PATH, which is below /dev, or is the name of a Tegra's GPU."""
-        is_gpu = is_tegra_gpu(path)
+        is_gpu = re.fullmatch(f"{TEGRA}[0-9]+", path)
         rules = [rule for rule in reversed(self.rules) if rule.pattern == TEGRA or not is_gpu]
         pairs = zip(rules, search_all([rule.match for rule in rules], path))
         return tuple((rule, match) for rule, match in pairs if match)
-
-
-def is_tegra_gpu(path: str) -> bool:
-    """Whether PATH is not one below /dev, but the name of a Tegra's GPU."""
-    return re.fullmatch(f"{TEGRA}[0-9]+", path) is not None
 
 
 @dataclass(frozen=True)
@@ -1796,13 +1771,13 @@ class Look:
 
 
 def find_devices(snapshot: Snapshot, gpus: Iterable[str], matcher: Matcher, dev_dir: str) -> Look:
-    """The devices that rules name. GPUS are the numbers of a Tegra's GPUs."""
+    """The devices that rules name. GPUS are the names of a Tegra's GPUs."""
     devices: dict[str, tuple[DeviceNode, ...]] = {}
     problems: dict[str, NotADevice] = {}
     wanted: dict[Entry, set[str]] = {}
     for path in snapshot.entries:
         rules = [rule for rule, _ in matcher.find(path)] if path else []
-        if not rules or is_tegra_gpu(path):
+        if not rules or rules[0].pattern == TEGRA:
             continue
         try:
             devices[path] = tuple(resolve(snapshot, path, dev_dir))
@@ -1812,7 +1787,7 @@ def find_devices(snapshot: Snapshot, gpus: Iterable[str], matcher: Matcher, dev_
         names = {name for rule in rules for name in (*(one.name for one in rule.attributes), *rule.values)}
         for node in devices[path]:
             wanted.setdefault(node.entry, set()).update(names)
-    devices.update((name, ()) for name in (f"{TEGRA}{number}" for number in gpus) if matcher.find(name))
+    devices.update((name, ()) for name in gpus if matcher.find(name))
     names_of = {node: tuple(sorted(names)) for node, names in wanted.items()}
     return Look(snapshot, matcher, dev_dir, devices, problems, names_of)
 
@@ -1834,7 +1809,7 @@ def make_plan(previous: Plan, look: Look) -> Plan:
     as it was last good, with a problem: for EXPIRY_SECONDS if it is gone, and for as long as its node is there if that
     has changed so that the rule would no longer choose it.
     """
-    left_out = [LeftOut.of(path, look.matcher.find(path)[0][0].line, error) for path, error in look.problems.items()]
+    errors = [(path, look.matcher.find(path)[0][0].line, error) for path, error in look.problems.items()]
     offered: dict[str, dict[str, Device]] = {}  # by resource and path
     for path, nodes in look.devices.items():
         for rule, match in look.matcher.find(path):
@@ -1846,11 +1821,11 @@ def make_plan(previous: Plan, look: Look) -> Plan:
                 name, device = make_device(path, nodes, rule, match, found, look)
                 offered.setdefault(name, {})[path] = device
             except NotADevice as error:
-                left_out.append(LeftOut.of(path, rule.line, error))
+                errors.append((path, rule.line, error))
             if found:
                 break  # otherwise, an earlier rule may fit
     kept = _keep(previous, look, offered)
-    left_out = [left for left in left_out if left.path not in kept]
+    errors = [each for each in errors if each[0] not in kept]
     resources: dict[str, Resource] = {}
     for name in sorted(offered):
         before = previous.resources.get(name)
@@ -1861,11 +1836,12 @@ def make_plan(previous: Plan, look: Look) -> Plan:
             is_as_it_was = (bool(was.problem), was.is_gone) == (bool(device.problem), device.is_gone)
             devices.append(dataclasses.replace(device, since=was.since if is_as_it_was else look.now))
         winners, losers = choose_devices(name, devices, before)
-        left_out += losers
+        errors += losers
         if winners:
             resources[name] = Resource(name, winners[0].is_pool, tuple(winners))
     used = {id(rule) for path in (*look.devices, *look.problems, *kept) for rule, _ in look.matcher.find(path)}
     unused = tuple(rule for rule in look.matcher.rules if id(rule) not in used)
+    left_out = [LeftOut(path, line, error.reason, str(error)) for path, line, error in errors]
     return Plan(resources, tuple(sorted(left_out, key=lambda left: (left.path, left.line, left.text))), unused)
 
 
@@ -1916,9 +1892,9 @@ def _find_loss(device: Device, look: Look) -> tuple[str, bool]:
 
 def choose_devices(
     name: str, devices: Sequence[Device], previous: Resource | None
-) -> tuple[Sequence[Device], list[LeftOut]]:
-    """The DEVICES, in the order of their paths, that get the name NAME; and what is left out of it. A device that is
-    gone is not left out.
+) -> tuple[Sequence[Device], list[tuple[str, int, NotADevice]]]:
+    """The DEVICES, in the order of their paths, that get the name NAME; and the path and line of each one that is left
+    out of it, and why. A device that is gone is not left out.
 
     A device that has the name keeps it for as long as it is offered. Otherwise a pool comes first, then the path that
     equals the name, then the first path in sorted order. A pool has each node once, as the first path that leads to it;
@@ -1954,9 +1930,7 @@ def choose_devices(
             errors[device.path] = NotADevice(Reason.LIST_TOO_LONG, limit=MAX_LIST_BYTES)
         else:
             room -= size
-    left_out = [
-        LeftOut.of(device.path, device.line, errors[device.path]) for device in devices if device.path in errors
-    ]
+    left_out = [(device.path, device.line, errors[device.path]) for device in devices if device.path in errors]
     return [device for device in winners if device.path not in errors], left_out
 
 
@@ -1977,8 +1951,7 @@ def make_device(
     }
     env = {"NVIDIA_VISIBLE_DEVICES": match[1]} if rule.pattern == TEGRA else {}
     env.update((name, expand(template, match, found.values)) for name, template in rule.env)
-    known = [look.chains.get(node.entry, ()) for node in nodes]
-    facts = [facts_of(chain) for chain in known] or [{}]
+    numa, facts = describe_device([look.chains.get(node.entry, [{}]) for node in nodes])
     device = Device(
         path=path,
         line=rule.line,
@@ -1990,8 +1963,8 @@ def make_device(
         since=look.now,
         parts=tuple(_parts(path, rule, match, found.values)),
         env=env,
-        numa=tuple(sorted({numa for numa in map(numa_of, known) if numa is not None})),
-        facts={name: value for name, value in facts[0].items() if all(other.get(name) == value for other in facts)},
+        numa=numa,
+        facts=facts,
     )
     try:
         return name, dataclasses.replace(device, specs=tuple(specs_of(device, look.snapshot, look.dev_dir)))
@@ -2055,33 +2028,23 @@ def _add_spec(specs: list[DeviceSpec], given: dict[str, str], spec: DeviceSpec) 
     given.update((container, host) for host, container in spec.nodes)
 
 
-class Offer(NamedTuple):
-    """A device as a resource offers it."""
-
-    resource: str  # its name without the domain
-    path: str
-    line: int
-
-
-def find_shared(plan: Plan) -> Mapping[str, Sequence[Offer]]:
-    """The nodes that PLAN offers under several resources, with these offers. A pool has each of its nodes once.
-
-    Only the nodes of the devices themselves count, because companions are for several devices in many cases.
-    """
-    offers: dict[str, list[Offer]] = {}
+def find_shared(plan: Plan) -> Mapping[str, Sequence[tuple[str, Device]]]:
+    """The nodes that PLAN offers under several resources, with these resources' names and devices. A pool has each of
+    its nodes once. Nodes of companions do not count, because these are for several devices in many cases."""
+    offers: dict[str, list[tuple[str, Device]]] = {}
     for name, resource in plan.resources.items():
         for device in resource.devices:
             own = [spec for spec in device.specs if spec.host == f"/dev/{device.path}" and device.slots]
             for node, _ in (node for spec in own for node in spec.nodes):
-                offers.setdefault(node, []).append(Offer(name, device.path, device.line))
+                offers.setdefault(node, []).append((name, device))
     return {node: found for node, found in sorted(offers.items()) if len(found) > 1}
 
 
-def describe_shared(shared: Mapping[str, Sequence[Offer]]) -> Mapping[str, Sequence[str]]:
-    """Sentences on the nodes that are SHARED, each with those that it is about."""
+def describe_shared(plan: Plan) -> Mapping[str, Sequence[str]]:
+    """Sentences on the nodes that PLAN offers under several resources, each with those that it is about."""
     nodes: dict[str, list[str]] = {}
-    for node, offers in shared.items():
-        lines = sorted({offer.line for offer in offers})
+    for node, offers in find_shared(plan).items():
+        lines = sorted({device.line for _, device in offers})
         where = f"line{'s' * (len(lines) > 1)} {', '.join(map(str, lines))}"
         sentence = f"several resources offer it ({where}), so several pods can have it at once"
         nodes.setdefault(sentence, []).append(node)
@@ -2090,7 +2053,7 @@ def describe_shared(shared: Mapping[str, Sequence[Offer]]) -> Mapping[str, Seque
 
 def device_path(device: Device) -> str:
     """The full path of DEVICE, such as /dev/video0; of a Tegra GPU, which has no node, its name."""
-    return device.path if is_tegra_gpu(device.path) else f"/dev/{device.path}"
+    return f"/dev/{device.path}" if device.nodes else device.path
 
 
 def slots_of(resource: Resource) -> tuple[Slot, ...]:
@@ -2690,7 +2653,7 @@ class ChangeLog:
             known = self._states.setdefault(subject, _LoggedState())
             known.changes += known.now != states.get(subject)
             known.now = states.get(subject)
-        for sentence, nodes in describe_shared(find_shared(plan)).items():
+        for sentence, nodes in describe_shared(plan).items():
             news = [node for node in nodes if self._shared.get(node) != sentence]
             self._shared.update(dict.fromkeys(nodes, sentence))
             if news:
@@ -3569,7 +3532,7 @@ class Plugin:
 def _list_message(resource: Resource) -> pb.ListAndWatchResponse:
     response = pb.ListAndWatchResponse()
     for slot in slots_of(resource):
-        device = response.devices.add(ID=slot.id, health="Healthy" if slot.healthy else "Unhealthy")
+        device = response.devices.add(ID=slot.id, health="Unhealthy" if slot.device.problem else "Healthy")
         for numa in slot.device.numa:
             device.topology.nodes.add(ID=numa)
     return response
@@ -3980,7 +3943,7 @@ def slots_by_device_name(plan: Plan) -> SlotsOfDra:
         labels = {device.path: dns_label(device.path, 63 - len("-9999")) for device in resource.devices}
         for slot in slots_of(resource):
             name = f"{labels[slot.device.path]}-{slot.number}"
-            if slot.healthy or name not in slots:
+            if not slot.device.problem or name not in slots:
                 slots[name] = slot
     return slots
 
@@ -4656,7 +4619,7 @@ class Claims:
         for device in claim.devices:
             slot, problem = self._follow(device)
             now.append(device._replace(problem=problem))
-            if slot and slot.healthy:
+            if slot and not slot.device.problem:
                 offered.append(device)
         fresh = {device.name: device for device in prepare_devices(offered, self._slots, self._host)}
         return claim._replace(devices=tuple(fresh.get(device.name, device) for device in now))
@@ -5164,8 +5127,8 @@ FoundProblems = Mapping[str, Sequence[str]]  # what is wrong, and the names of t
 def describe_plan(plan: Plan, resources: Sequence[Document], domain: str) -> Document:
     """What PLAN offers (RESOURCES, described already), what it leaves out, and its rules that matched nothing."""
 
-    def offer(name: str, path: str, line: int) -> Document:
-        return {"resource": f"{domain}/{name}", "path": f"/dev/{path}", "line": line}
+    def offer(name: str, device: Device) -> Document:
+        return {"resource": f"{domain}/{name}", "path": f"/dev/{device.path}", "line": device.line}
 
     return {
         "resources": resources,
@@ -6397,7 +6360,7 @@ def check(options: argparse.Namespace) -> int:
     """--check: print that the config file is good, and notes on its rules."""
     devices = scan_once(options)
     verdict = f"{options.conf or DEFAULT_CONF_NAME}: good, {pluralize(len(devices.conf.rules), 'rule')}"
-    shared = describe_shared(find_shared(devices.plan))
+    shared = describe_shared(devices.plan)
     notes = [*rule_notes(devices.conf.rules, options.domain)]
     notes += map(printable, map(_with_names, shared, shared.values()))
     write_output("".join(f"{line}\n" for line in [verdict, *notes]))
@@ -6432,7 +6395,7 @@ def dry_run(options: argparse.Namespace) -> int:
     for name, each in slots.items():
         lines = ["nothing: it has no slot"]
         if each:
-            device = min(each, key=lambda device: not each[device].healthy)  # the first that is, or the first
+            device = min(each, key=lambda device: bool(each[device].device.problem))  # the first that is, or the first
             slot = each[device]
             lines, is_allocated = _try_slot(slot, options, is_dra)
             has_failed |= not is_allocated

@@ -2487,7 +2487,7 @@ def next_plan(
     sys_dir: str = "/nowhere",
     gpus: Sequence[str] = (),
 ) -> sdm.Plan:
-    look = sdm.find_devices(snapshot, gpus, matcher, "/dev")
+    look = sdm.find_devices(snapshot, [f"nvidia-gpu{number}" for number in gpus], matcher, "/dev")
     sysfs = sdm.Sysfs(sys_dir)
     sysfs.refresh(look.wanted, [], False)
     return sdm.make_plan(previous, dataclasses.replace(look, chains=sysfs.chains, now=now))
@@ -3087,7 +3087,7 @@ def refused(found: sdm.Resource, tree: sdm.Tree, *ids: str) -> tuple[str, str]:
 
 
 def ids_of(found: sdm.Resource, healthy: bool = True) -> list[str]:
-    return [slot.id for slot in sdm.slots_of(found) if slot.healthy == healthy]
+    return [slot.id for slot in sdm.slots_of(found) if (not slot.device.problem) == healthy]
 
 
 SOUND = {"snd/pcmC1D0c": "char", "snd/controlC1": "char", "snd/timer": "char", "video0": "char", "cam": "-> video0"}
@@ -3379,7 +3379,7 @@ def test_a_node_that_several_resources_offer_is_found(
 ) -> None:
     board.tree = tree
     shared = sdm.find_shared(board.plan(conf, ["0"]))
-    assert {node: {(offer.resource, offer.line) for offer in offers} for node, offers in shared.items()} == wanted
+    assert {node: {(name, device.line) for name, device in offers} for node, offers in shared.items()} == wanted
 
 
 def test_the_example_of_the_readme_offers_no_stick_twice(board: Board) -> None:
@@ -3801,7 +3801,7 @@ def test_the_last_rule_counts_for_a_tegra_and_its_gpus_can_be_a_pool() -> None:
 def test_where_the_gpus_of_a_tegra_are_found(node: Node) -> None:
     for path in ("gpu.0", "gpu.10", "platform/gpu.2", "gpu.x", "platform/17000000.gpu", "platform/gpu.2x", "xgpu.3"):
         (node.sys / "devices" / path).mkdir(parents=True)
-    assert sdm.Sysfs(str(node.sys)).tegra_gpus() == ["0", "2", "10"]
+    assert sdm.Sysfs(str(node.sys)).tegra_gpus() == ["nvidia-gpu0", "nvidia-gpu10", "nvidia-gpu2"]
     assert sdm.Sysfs("/nowhere").tegra_gpus() == []
 
 
@@ -4114,7 +4114,9 @@ def test_the_examples_of_the_page_find_what_they_say(
     board: Board,
 ) -> None:
     made(board)
-    plan = board.plan(page_conf(made.__name__.partition("_")[0]), sdm.Sysfs(str(board.node.sys)).tegra_gpus())
+    plan = board.plan(
+        page_conf(made.__name__.partition("_")[0]), [name[10:] for name in sdm.Sysfs(str(board.node.sys)).tegra_gpus()]
+    )
     assert not sdm.find_shared(plan)
     snapshot = snapshot_of(board.tree)
     assert {
@@ -4976,7 +4978,7 @@ def test_without_file_descriptors_what_sysfs_said_stays_true(board: Board) -> No
     with without_descriptors():
         assert not sysfs.refresh(wanted, [], True)
         assert sysfs.chains == {stick: before}
-    assert sysfs.refresh(wanted, [], False) and sdm.numa_of(sysfs.chains[null]) == 1
+    assert sysfs.refresh(wanted, [], False) and sysfs.chains[null][0] == {"numa_node": "1"}
     assert not sysfs.refresh(wanted, [], False)
 
 
