@@ -476,7 +476,9 @@ class Expression:
         """Raises ExpressionError."""
         self.pattern = pattern
         try:
-            self.compiled = re.compile(_Translator(pattern).result(), re.ASCII)
+            translator = _Translator(pattern)
+            text = translator.group().text + pattern[translator.pos :]  # re refuses a ")" too many
+            self.compiled = re.compile(text, re.ASCII)
         except ExpressionError as error:
             raise ExpressionError(f"{_shown(pattern)}: {error}") from None
         except (re.error, ValueError, OverflowError, RecursionError) as error:
@@ -596,9 +598,6 @@ class _Translator:
         self.pattern = pattern
         self.pos = 0
         self.flags: frozenset[str] = frozenset()  # those of i, m and s that are on
-
-    def result(self) -> str:
-        return self.group().text + self.pattern[self.pos :]  # re refuses a ")" too many
 
     def next(self) -> str:
         return self.pattern[self.pos : self.pos + 1]
@@ -1116,6 +1115,10 @@ class NotADevice(Exception):
         self.reason = reason
 
 
+class Misfit(NotADevice):
+    """A rule names a path, but does not choose the device there, so an earlier rule may."""
+
+
 class Entry(NamedTuple):
     """One name below /dev, as lstat(2) shows it. Two entries that are equal are one node: in devtmpfs and tmpfs, which
     /dev is on a real node, no inode number is given twice."""
@@ -1221,33 +1224,25 @@ def _real_path(tree: Tree, path: str, dev_dir: str) -> str:
     return "/".join(done)
 
 
-class Fit(NamedTuple):
-    """How a rule fits a device."""
-
-    held: Mapping[str, str] = {}  # of the attributes that it asks for
-    values: Mapping[str, str] = {}  # of the attributes in its templates
-    problem: NotADevice | None = None  # why its templates cannot be expanded
-
-
-def fit(rule: Rule, chains: Iterable[Chain | None]) -> Fit:
-    """How RULE fits a device whose nodes have CHAINS, of which one is None while sysfs does not answer. It is enough if
-    RULE fits one of the nodes.
+def fit(rule: Rule, chains: Iterable[Chain | None]) -> tuple[Values, Values]:
+    """The values of the attributes that RULE asks for, and of those in its templates, of a device whose nodes have
+    CHAINS, of which one is None while sysfs does not answer. It is enough if RULE fits one of the nodes.
 
     The node itself, or a single one of its parents, must have all attributes, like ATTRS in udev(7). The values in
-    templates are from the same folder, else from the node's own, else from the nearest parent's. Raises NotADevice if
-    RULE does not fit.
+    templates are from the same folder, else from the node's own, else from the nearest parent's. Raises Misfit if RULE
+    does not fit, and another NotADevice if only its templates cannot be expanded.
     """
     if not rule.attributes and not rule.values:
-        return Fit()
-    fits: list[Fit] = []
-    misfits: list[NotADevice] = []
+        return {}, {}
+    problems: list[NotADevice] = []
     for chain in chains:
         if chain is None:
-            misfits.append(NotADevice(Reason.ATTRIBUTES, why=NO_ATTRIBUTES_YET))
+            kind = Misfit if rule.attributes else NotADevice
+            problems.append(kind(Reason.ATTRIBUTES, why=NO_ATTRIBUTES_YET))
             continue
         chosen = next((folder for folder in chain if _has_all(folder, rule.attributes)), None)
         if chosen is None:
-            misfits.append(_describe_misfit(rule.attributes, chain))
+            problems.append(_describe_misfit(rule.attributes, chain))
             continue
         values: dict[str, str] = {}
         missing = []
@@ -1257,22 +1252,17 @@ def fit(rule: Rule, chains: Iterable[Chain | None]) -> Fit:
             if not found or len(found[0]) > MAX_VALUE:
                 state = f"longer than {MAX_VALUE} characters" if found else "not there"
                 missing.append(rf"its {name} is {state} (asked for: \g<attr:{name}>)")
-        held = {item.name: chosen[item.name] for item in rule.attributes}
         if not missing:
-            return Fit(held, values)
-        fits.append(Fit(held, values, NotADevice(Reason.ATTRIBUTES, why="; ".join(missing))))
-    if misfits and not fits and not rule.attributes:
-        return Fit(problem=misfits[0])
-    if not fits:
-        raise next(iter(misfits), NotADevice(Reason.NO_ATTRIBUTES))
-    return fits[0]
+            return {item.name: chosen[item.name] for item in rule.attributes}, values
+        problems.append(NotADevice(Reason.ATTRIBUTES, why="; ".join(missing)))
+    raise min(problems, key=lambda each: isinstance(each, Misfit), default=Misfit(Reason.NO_ATTRIBUTES))
 
 
 def _has_all(values: Values, attributes: Iterable[Attribute]) -> bool:
     return all(item.name in values and item.fits(values[item.name]) for item in attributes)
 
 
-def _describe_misfit(attributes: Iterable[Attribute], chain: Chain) -> NotADevice:
+def _describe_misfit(attributes: Iterable[Attribute], chain: Chain) -> Misfit:
     """What the device with CHAIN has instead of ATTRIBUTES."""
     slow, others = [], []
     for name, match in attributes:
@@ -1281,7 +1271,7 @@ def _describe_misfit(attributes: Iterable[Attribute], chain: Chain) -> NotADevic
             slow.append(f'{TOOK_TOO_LONG} for its {name}, "{value}": {match.pattern}')
         shown = " or ".join(f'"{value}"' for value in values) or "not there"
         others.append(f"its {name} is {shown} (asked for: {match.pattern})")
-    return NotADevice(Reason.PATTERN_TIMEOUT if slow else Reason.ATTRIBUTES, why="; ".join(slow + others))
+    return Misfit(Reason.PATTERN_TIMEOUT if slow else Reason.ATTRIBUTES, why="; ".join(slow + others))
 
 
 def describe_device(chains: Sequence[Chain]) -> tuple[tuple[int, ...], Values]:
@@ -1526,8 +1516,8 @@ class Sysfs:
         if EVERYTHING. Returns whether a chain has changed."""
         now = time.monotonic()
         if wanted is not self._wanted:
-            same = {node for node in self.chains if wanted.get(node) == self._wanted.get(node)}
-            self.chains = {node: chain for node, chain in self.chains.items() if node in same}
+            old = self._wanted
+            self.chains = {node: chain for node, chain in self.chains.items() if wanted.get(node) == old[node]}
             self._reads = {key: read for key, read in self._reads.items() if not read.done() or key[0] in wanted}
             self._appeared = {node: self._appeared.get(node, now) for node in wanted}
             self._wanted = wanted
@@ -1813,17 +1803,17 @@ def make_plan(previous: Plan, look: Look) -> Plan:
     offered: dict[str, dict[str, Device]] = {}  # by resource and path
     for path, nodes in look.devices.items():
         for rule, match in look.matcher.find(path):
-            found = None
             try:
                 if isinstance(match, SearchTimeout):
-                    raise NotADevice(Reason.PATTERN_TIMEOUT, why=f"{TOOK_TOO_LONG} in this name: {rule.pattern}")
+                    raise Misfit(Reason.PATTERN_TIMEOUT, why=f"{TOOK_TOO_LONG} in this name: {rule.pattern}")
                 found = fit(rule, [look.chains.get(node.entry) for node in nodes])
                 name, device = make_device(path, nodes, rule, match, found, look)
                 offered.setdefault(name, {})[path] = device
+                break
             except NotADevice as error:
                 errors.append((path, rule.line, error))
-            if found:
-                break  # otherwise, an earlier rule may fit
+                if not isinstance(error, Misfit):
+                    break
     kept = _keep(previous, look, offered)
     errors = [each for each in errors if each[0] not in kept]
     resources: dict[str, Resource] = {}
@@ -1861,7 +1851,7 @@ def _keep(previous: Plan, look: Look, offered: dict[str, dict[str, Device]]) -> 
             if isinstance(match, SearchTimeout) or not is_chosen:
                 continue
             try:
-                name, new = make_device(old.path, old.nodes, rule, match, Fit(old.chosen_by, old.values), look)
+                name, new = make_device(old.path, old.nodes, rule, match, (old.chosen_by, old.values), look)
             except NotADevice:
                 continue  # the rule was edited, and its path in a container or its resource's name is no longer good
             specs = () if is_gone else new.specs
@@ -1935,22 +1925,17 @@ def choose_devices(
 
 
 def make_device(
-    path: str, nodes: tuple[DeviceNode, ...], rule: Rule, match: re.Match[str], found: Fit, look: Look
+    path: str, nodes: tuple[DeviceNode, ...], rule: Rule, match: re.Match[str], found: tuple[Values, Values], look: Look
 ) -> tuple[str, Device]:
-    """The name of its resource and the device with NODES at PATH, which RULE fits as FOUND.
-
-    Raises NotADevice if that has no name, or one of its paths in a container is not a good one.
-    """
-    if found.problem:
-        raise found.problem
-    name = resource_name(expand(rule.resource, match, found.values) if rule.resource else path)
+    """The name of its resource and the device with NODES at PATH, which RULE fits as FOUND by fit(). Raises
+    NotADevice if it has no name, or one of its paths in a container is not a good one."""
+    held, values = found
+    name = resource_name(expand(rule.resource, match, values) if rule.resource else path)
     if not name:
         raise NotADevice(Reason.NO_NAME)
-    naming = {
-        attribute: value for attribute, value in found.values.items() if rf"\g<attr:{attribute}>" in rule.resource
-    }
+    naming = {attribute: value for attribute, value in values.items() if rf"\g<attr:{attribute}>" in rule.resource}
     env = {"NVIDIA_VISIBLE_DEVICES": match[1]} if rule.pattern == TEGRA else {}
-    env.update((name, expand(template, match, found.values)) for name, template in rule.env)
+    env.update((name, expand(template, match, values)) for name, template in rule.env)
     numa, facts = describe_device([look.chains.get(node.entry, [{}]) for node in nodes])
     device = Device(
         path=path,
@@ -1958,10 +1943,10 @@ def make_device(
         is_pool=bool(rule.resource),
         slots=rule.slots,
         nodes=nodes,
-        chosen_by={**found.held, **naming},
-        values=found.values,
+        chosen_by={**held, **naming},
+        values=values,
         since=look.now,
-        parts=tuple(_parts(path, rule, match, found.values)),
+        parts=tuple(_parts(path, rule, match, values)),
         env=env,
         numa=numa,
         facts=facts,

@@ -1811,6 +1811,10 @@ KINDS = {
 }
 
 
+def chars(*names: str) -> dict[str, str]:
+    return dict.fromkeys(names, "char")
+
+
 def snapshot_of(tree: Mapping[str, str]) -> sdm.Snapshot:
     """TREE as plain data. Values: a kind, "char 81:0" for a number, "-> target" for a link."""
     entries: dict[str, sdm.Entry] = {"": sdm.Entry(sdm.FOLDER)}
@@ -2596,18 +2600,14 @@ def left(plan: sdm.Plan) -> dict[str, str]:
 
 
 def test_of_paths_with_one_name_the_same_one_or_the_first_has_it() -> None:
-    tree = {"a_b": "char", "a b": "char", "a/b": "char", "a.b": "char"}
-    plan = offered("- devicematch: ^a.b$\n", snapshot_of(tree))
-    assert listed(plan) == {"a_b": ["a_b"]}
-    assert left(plan) == dict.fromkeys(("a b", "a.b", "a/b"), "its resource's name a_b is taken by /dev/a_b")
-    del tree["a_b"]
-    plan = offered("- devicematch: ^a.b$\n", snapshot_of(tree))
-    assert listed(plan) == {"a_b": ["a b"]}  # " " < "." < "/"
-    assert left(plan) == dict.fromkeys(("a.b", "a/b"), "its resource's name a_b is taken by /dev/a b")
+    for winner, losers in (("a_b", ["a b", "a.b", "a/b"]), ("a b", ["a.b", "a/b"])):  # " " < "." < "/"
+        plan = offered("- devicematch: ^a.b$\n", snapshot_of(chars(winner, *losers)))
+        assert listed(plan) == {"a_b": [winner]}
+        assert left(plan) == dict.fromkeys(losers, f"its resource's name a_b is taken by /dev/{winner}")
 
 
 def test_a_path_without_a_letter_or_digit_is_left_out() -> None:
-    plan = offered("- devicematch: ^[._-]*$\n", snapshot_of({"...": "char", "_": "char", "._a": "char"}))
+    plan = offered("- devicematch: ^[._-]*$\n", snapshot_of(chars("...", "_", "._a")))
     assert plan.resources == {}
     assert left(plan) == dict.fromkeys(("...", "_"), "its path has no letter or digit to make a resource name from")
 
@@ -2620,12 +2620,9 @@ def test_the_last_rule_that_names_a_device_counts() -> None:
     assert [rule.pattern for rule in plan.unused] == ["x"]
 
 
-def test_rules_on_one_line_are_told_apart() -> None:
-    plan = offered("[{devicematch: a}, {devicematch: b, nummaxdevices: 2}]\n", snapshot_of({"b": "char"}))
+def test_rules_without_effect_are_told() -> None:
+    plan = offered("[{devicematch: a}, {devicematch: b, nummaxdevices: 2}]\n", snapshot_of(chars("b")))
     assert listed(plan) == {"b": ["b"]} and [rule.pattern for rule in plan.unused] == ["a"]
-
-
-def test_a_rule_that_only_names_what_is_no_device_is_not_unused() -> None:
     plan = offered("- devicematch: ^log$\n", snapshot_of({"log": "socket"}))
     assert plan.unused == () and left(plan) == {"log": "a socket, not a device"}
 
@@ -2695,19 +2692,13 @@ def usb_serial(
     board: Board, tty: str, number: str, port: str, vendor: str, product: str, told: str, serial: str
 ) -> None:
     """A serial adapter in a USB port of a Raspberry Pi 4, as its sysfs shows it."""
-    usb = f"platform/scb/fd500000.pcie/pci0000:00/0000:00:00.0/0000:01:00.0/usb1/1-1/{port}"
-    board.device(
-        "platform/scb/fd500000.pcie/pci0000:00/0000:00:00.0/0000:01:00.0/usb1", {"idVendor": "1d6b", "serial": "x"}
-    )
-    board.device(
-        usb, {"idVendor": vendor, "idProduct": product, "product": told, "serial": serial, "bcdDevice": "0100"}
-    )
-    is_acm = tty.startswith("ttyACM")
-    driver = "cdc_acm" if is_acm else "cp210x"
-    board.device(
-        f"{usb}/{port}:1.0", {"bInterfaceNumber": "00", "driver": f"-> ../../../../../../../../../bus/{driver}"}
-    )
-    inner = f"{usb}/{port}:1.0" + ("" if is_acm else f"/{tty}")
+    hub = "platform/scb/fd500000.pcie/pci0000:00/0000:00:00.0/0000:01:00.0/usb1"
+    usb, interface = f"{hub}/1-1/{port}", f"{hub}/1-1/{port}/{port}:1.0"
+    values = {"idVendor": vendor, "idProduct": product, "product": told, "serial": serial, "bcdDevice": "0100"}
+    driver, inner = ("cdc_acm", interface) if tty.startswith("ttyACM") else ("cp210x", f"{interface}/{tty}")
+    board.device(hub, {"idVendor": "1d6b", "serial": "x"})
+    board.device(usb, values)
+    board.device(interface, {"bInterfaceNumber": "00", "driver": f"-> ../../../../../../../../../bus/{driver}"})
     board.has(tty, number, f"{inner}/tty/{tty}", {"dev": number})
 
 
@@ -2743,9 +2734,10 @@ def test_a_rule_that_does_not_fit_leaves_the_device_to_an_earlier_one(board: Boa
 """
     plan = board.plan(conf)
     assert {name: found.devices[0].line for name, found in plan.resources.items()} == {"ttyUSB0": 7, "ttyUSB1": 2}
+    told = 'its idVendor is "1a86" or "1d6b" (asked for: 10c4)'
     assert [(found.path, found.line, found.text) for found in plan.left_out] == [
-        ("ttyUSB1", 4, 'its idVendor is "1a86" or "1d6b" (asked for: 10c4); its nowhere is not there (asked for: x)'),
-        ("ttyUSB1", 7, 'its idVendor is "1a86" or "1d6b" (asked for: 10c4)'),
+        ("ttyUSB1", 4, f"{told}; its nowhere is not there (asked for: x)"),
+        ("ttyUSB1", 7, told),
     ]
     assert [rule.line for rule in plan.unused] == []
 
@@ -3181,26 +3173,21 @@ def test_the_plan_knows_the_nodes_behind_links_and_in_folders(rule: str, nodes: 
 
 
 def test_resources_are_named_by_templates() -> None:
-    snapshot = snapshot_of({"video0": "char", "video1": "char", "audio1": "char", "d/x": "char"})
-    plan = offered(
-        r"""
+    conf = r"""
 - {devicematch: '^(?P<kind>[a-z]+)([0-9])$', resource: 'my.\g<kind>s'}
 - {devicematch: '^d/(.)(y)?$', resource: 'd \1\2'}
-""",
-        snapshot,
-    )
+"""
+    plan = offered(conf, snapshot_of(chars("video0", "video1", "audio1", "d/x")))
     assert listed(plan) == {"d_x": ["d/x"], "my_audios": ["audio1"], "my_videos": ["video0", "video1"]}
     assert all(found.pool for found in plan.resources.values())
 
 
 def test_a_place_in_the_container_must_be_one() -> None:
-    snapshot = snapshot_of({"a": "char", "b.c": "char"})
-    plan = offered(r"- {devicematch: '^(a)(.*)$', containerpath: '/dev/x/\2.'}" "\n", snapshot)
-    assert left(plan) == {"a": 'its path in a container would be "/dev/x/."'}
-    plan = offered(r"- {devicematch: '^a()$', containerpath: '/dev/\1/x'}" "\n", snapshot)
-    assert given_to(plan.resources["a"], snapshot)[0] == {"/dev/x": "/dev/a"}
-    plan = offered(r"- {devicematch: '^a()$', containerpath: '/dev/\1'}" "\n", snapshot)
-    assert given_to(plan.resources["a"], snapshot)[0] == {"/dev/a": "/dev/a"}
+    snapshot = snapshot_of(chars("a"))
+    for template, place in ((r"/dev/\1/x", "/dev/x"), (r"/dev/\1", "/dev/a"), (r"/dev/x/\1.", "")):
+        plan = offered(f"- {{devicematch: '^a()$', containerpath: '{template}'}}\n", snapshot)
+        assert left(plan) == ({} if place else {"a": 'its path in a container would be "/dev/x/."'})
+        assert not place or given_to(plan.resources["a"], snapshot)[0] == {place: "/dev/a"}
 
 
 def test_the_place_of_a_companion_must_be_one_and_its_own() -> None:
@@ -3467,23 +3454,21 @@ def test_a_device_without_its_companions_is_unhealthy_until_they_come() -> None:
 
 def test_a_planted_companion_is_not_given() -> None:
     snapshot = snapshot_of({"a": "char", "sda": "block", "pub": "shared", "pub/b": "-> ../sda"})
-    plan = offered("- {devicematch: ^a$, with: [pub/b]}\n", snapshot)
-    assert plan.resources["a"].devices[0].problem == (
-        "it goes with /dev/pub/b: others than root may write in the folder /dev/pub"
-    )
-    plan = offered("- {devicematch: ^a$, with: ['pub/b?']}\n", snapshot)
-    assert given_to(plan.resources["a"], snapshot)[0] == {"/dev/a": "/dev/a"}
+    found = offered("- {devicematch: ^a$, with: [pub/b]}\n", snapshot).resources["a"]
+    told = "it goes with /dev/pub/b: others than root may write in the folder /dev/pub"
+    assert refused(found, snapshot, "0") == ("UNAVAILABLE", f"/dev/a: {told}") and found.devices[0].problem == told
+    found = offered("- {devicematch: ^a$, with: ['pub/b?']}\n", snapshot).resources["a"]
+    assert given_to(found, snapshot)[0] == at("a")
 
 
 AB = {"a/x": "char", "b/x": "char"}
 
 
 def test_a_device_with_two_nodes_at_one_place_is_unhealthy() -> None:
-    snapshot = snapshot_of(AB)
-    plan = offered("- {devicematch: ^a/x$, containerpath: /dev/c/, with: [b/x]}\n", snapshot)
-    assert plan.resources["a_x"].devices[0].problem == "/dev/a/x and /dev/b/x would both be /dev/c/x in the container"
-    plan = offered("- {devicematch: ^a$, containerpath: /dev/b, with: [b/x]}\n", snapshot)
-    assert plan.resources["a"].devices[0].problem == "/dev/a/x and /dev/b/x would both be /dev/b/x in the container"
+    for path, place, told in (("a/x", "/dev/c/", "/dev/c/x"), ("a", "/dev/b", "/dev/b/x")):
+        conf = f"- {{devicematch: ^{path}$, containerpath: {place}, with: [b/x]}}\n"
+        (found,) = offered(conf, snapshot_of(AB)).resources.values()
+        assert found.devices[0].problem == f"/dev/a/x and /dev/b/x would both be {told} in the container"
 
 
 def test_two_folders_at_one_place_in_the_container_are_refused() -> None:
@@ -3508,15 +3493,13 @@ def test_the_slots_of_a_pool_name_their_device() -> None:
 
 
 def test_a_device_of_a_pool_that_goes_takes_only_its_own_slots_along() -> None:
-    matcher = sdm.Matcher(sdm.parse_rules(CAMERAS))
-    plan = sdm.EMPTY_PLAN
-    for names in (("video0", "video1"), ("video1",)):
-        snapshot = snapshot_of(dict.fromkeys(names, "char"))
-        plan = next_plan(plan, snapshot, matcher)
-    assert ids_of(plan.resources["camera"], healthy=False) == ["video0:0", "video0:1"]
-    assert ids_of(plan.resources["camera"]) == ["video1:0", "video1:1"]
-    assert refused(plan.resources["camera"], snapshot, "video0:1") == ("UNAVAILABLE", "/dev/video0: it is gone")
-    assert given_to(plan.resources["camera"], snapshot, "video1:1")[0] == {"/dev/video1": "/dev/video1"}
+    looks, snapshot = Looks(), snapshot_of(chars("video1"))
+    looks.look(0, CAMERAS, ["video0", "video1"])
+    looks.look(1, CAMERAS, ["video1"])
+    found = looks.plan.resources["camera"]
+    assert (ids_of(found, healthy=False), ids_of(found)) == (["video0:0", "video0:1"], ["video1:0", "video1:1"])
+    assert refused(found, snapshot, "video0:1") == ("UNAVAILABLE", "/dev/video0: it is gone")
+    assert given_to(found, snapshot, "video1:1")[0] == at("video1")
 
 
 def test_what_is_no_id_of_a_pool_is_refused_by_name() -> None:
@@ -3557,16 +3540,11 @@ def test_rules_share_a_pool_each_with_slots_and_paths_of_its_own() -> None:
     )
 
 
-POOL_AND_OWN = "- devicematch: ^video[0-9]$\n- {devicematch: '^cam', resource: video1}\n"
-
-
 def test_at_a_start_a_pool_comes_before_a_device_of_its_name() -> None:
-    tree = {"video0": "char", "video1": "char", "cam": "char"}
-    plan = offered(POOL_AND_OWN, snapshot_of(tree))
+    conf = "- devicematch: ^video[0-9]$\n- {devicematch: '^cam', resource: video1}\n"
+    plan = offered(conf, snapshot_of(chars("video0", "video1", "cam")))
     assert listed(plan) == {"video0": ["video0"], "video1": ["cam"]} and plan.resources["video1"].pool
-    assert [(found.path, found.line, found.text) for found in plan.left_out] == [
-        ("video1", 1, "its resource's name video1 is taken by the pool of line 2; rename the pool")
-    ]
+    assert left(plan) == {"video1": "its resource's name video1 is taken by the pool of line 2; rename the pool"}
 
 
 @pytest.mark.parametrize("newcomer", ["cam.b", "a pool"])
@@ -3602,13 +3580,9 @@ def test_a_pool_offers_a_node_once_as_its_first_path() -> None:
     tree = {"serial/by-id/b": "-> ../../ttyUSB0", "ttyUSB0": "char", "ttyUSB1": "char", "serial/a": "-> ../ttyUSB0"}
     plan = offered(conf, snapshot_of({**tree, "snd/a": "char", "snd/b": "char"}))
     assert listed(plan) == {"stick": ["serial/a", "snd", "ttyUSB1"]}
-    assert left(plan) == {
-        "serial/by-id/b": "its pool offers the same node already, as /dev/serial/a",
-        "ttyUSB0": "its pool offers the same node already, as /dev/serial/a",
-        "snd/a": "its pool offers the same node already, as /dev/snd",
-        "snd/b": "its pool offers the same node already, as /dev/snd",
-        "serial/by-id": "a folder that holds no device node",
-    }
+    others = {"serial/by-id/b": "serial/a", "ttyUSB0": "serial/a", "snd/a": "snd", "snd/b": "snd"}
+    told = {path: f"its pool offers the same node already, as /dev/{first}" for path, first in others.items()}
+    assert left(plan) == {**told, "serial/by-id": "a folder that holds no device node"}
     own = offered("- devicematch: '^(serial/|ttyUSB)'\n", snapshot_of(tree))
     assert len(own.resources) == 4  # each by its own name, as ever
 
@@ -3704,7 +3678,7 @@ class Looks:
     def look(self, now: float, conf: str, names: Sequence[str] = (), gpus: Sequence[str] = ()) -> dict[str, str]:
         """The problem of each resource's device."""
         matcher = sdm.Matcher(sdm.parse_rules(conf))
-        snapshot = snapshot_of(dict.fromkeys(names, "char"))
+        snapshot = snapshot_of(chars(*names))
         self.plan = next_plan(self.plan, snapshot, matcher, now, gpus=gpus)
         return {name: found.devices[0].problem for name, found in self.plan.resources.items()}
 
@@ -3835,7 +3809,7 @@ ITS_DEVICES = {
 def test_the_originals_conf_means_what_it_meant(digit: str) -> None:
     others = "gpiomem0 tty0 ttyprintk ttyS0x video0a xvideo0 v4l/video0 rtc rtc1 i2c1 vcs"
     names = ITS_DEVICES.keys() - {"snd", "nvidia-gpu0"} | {*others.split()} | {"snd/controlC0", "snd/timer"}
-    snapshot = snapshot_of(dict.fromkeys(names, "char"))
+    snapshot = snapshot_of(chars(*names))
     plan = offered(ORIGINAL.replace("[0-9]", digit), snapshot, gpus=["0"])
     assert {name: len(sdm.slots_of(found)) for name, found in plan.resources.items()} == ITS_DEVICES
     for name, found in plan.resources.items():
@@ -8249,7 +8223,7 @@ def test_holders_have_slots_that_are_there_now(more: str, slots: list[str], held
 def test_what_is_wrong_with_many_devices_that_many_hold_is_found_in_time() -> None:
     names = [f"video{number}" for number in range(1000)]
     conf = "- devicematch: video\n  resource: cameras\n  nummaxdevices: 10\n"
-    (pool,) = offered(conf, snapshot_of(dict.fromkeys(names, "char"))).resources.values()
+    (pool,) = offered(conf, snapshot_of(chars(*names))).resources.values()
     gone = dataclasses.replace(pool, devices=tuple(dataclasses.replace(item, problem="gone") for item in pool.devices))
     held = [sdm.Holder(f"{name}:{slot}", "default", f"pod-{slot}", "main") for name in names for slot in range(10)]
     use = sdm.describe_use(gone, {gone.name: held})
