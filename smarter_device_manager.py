@@ -736,9 +736,9 @@ class Attribute(NamedTuple):
     name: str
     match: Expression
 
-    def fits(self, value: str) -> bool:
-        """Whether VALUE matches. A search that takes too long counts as no."""
-        return isinstance(self.match.search(value, whole=True), re.Match)
+    def fits(self, values: Mapping[str, str]) -> bool:
+        """Whether its value in VALUES, by name, matches. A search that takes too long counts as no."""
+        return self.name in values and isinstance(self.match.search(values[self.name], whole=True), re.Match)
 
 
 @dataclass(frozen=True)
@@ -1240,7 +1240,7 @@ def fit(rule: Rule, chains: Iterable[Chain | None]) -> tuple[Values, Values]:
             kind = Misfit if rule.attributes else NotADevice
             problems.append(kind(Reason.ATTRIBUTES, why=NO_ATTRIBUTES_YET))
             continue
-        chosen = next((folder for folder in chain if _has_all(folder, rule.attributes)), None)
+        chosen = next((folder for folder in chain if all(item.fits(folder) for item in rule.attributes)), None)
         if chosen is None:
             problems.append(_describe_misfit(rule.attributes, chain))
             continue
@@ -1256,10 +1256,6 @@ def fit(rule: Rule, chains: Iterable[Chain | None]) -> tuple[Values, Values]:
             return {item.name: chosen[item.name] for item in rule.attributes}, values
         problems.append(NotADevice(Reason.ATTRIBUTES, why="; ".join(missing)))
     raise min(problems, key=lambda each: isinstance(each, Misfit), default=Misfit(Reason.NO_ATTRIBUTES))
-
-
-def _has_all(values: Values, attributes: Iterable[Attribute]) -> bool:
-    return all(item.name in values and item.fits(values[item.name]) for item in attributes)
 
 
 def _describe_misfit(attributes: Iterable[Attribute], chain: Chain) -> Misfit:
@@ -1847,7 +1843,7 @@ def _keep(previous: Plan, look: Look, offered: dict[str, dict[str, Device]]) -> 
         if not problem or (is_gone and look.now - since >= EXPIRY_SECONDS):
             continue
         for rule, match in look.matcher.find(old.path):
-            is_chosen = old.values.keys() >= {*rule.values} and _has_all(old.chosen_by, rule.attributes)
+            is_chosen = old.values.keys() >= {*rule.values} and all(one.fits(old.chosen_by) for one in rule.attributes)
             if isinstance(match, SearchTimeout) or not is_chosen:
                 continue
             try:
