@@ -4092,10 +4092,8 @@ def read_claim(document: Document, claim: PreparedClaim, domain: str, node: str)
         raise AllocationError("FAILED_PRECONDITION", "the claim is not allocated")
     found: dict[str, ClaimedDevice] = {}
     for result in results:
-        request, name = (
-            result["request"].partition("/")[0],
-            result["device"],
-        )  # request/alternative, for the kubelet, too
+        # That for a request's alternative (request/alternative) is one for the request, as it is for the kubelet.
+        request, name = result["request"].partition("/")[0], result["device"]
         if result["driver"] == domain:
             if result["pool"] != node:
                 raise AllocationError("NOT_FOUND", f"the claim's device {name} is not of this node")
@@ -4473,8 +4471,9 @@ class Claims:
     def __init__(self, options: argparse.Namespace, api: ApiServer, host: HostDevices) -> None:
         self.prepared: dict[str, PreparedClaim] = {}  # by uid, as all of these are
         self.allocations: Counter[str] = Counter()  # slots that were prepared, by resource
-        self.plan: Plan | None = None
+        self._plan = EMPTY_PLAN
         self._slots: SlotsOfDra = {}  # those of the plan
+        self._is_stale = True  # what is prepared is to be derived again
         self.lost: dict[str, ClaimedDevice] = {}  # prepared devices that are gone and not in the plan, by name
         self._is_open = False
         self._unread: dict[str, set[str] | None] = {}  # files that cannot be read: their devices; None: unknown
@@ -4482,7 +4481,6 @@ class Claims:
         self._doubts: dict[str, float | None] = {}
         self._rewrites: Counter[str] = Counter()  # CDI files that were written again, which is not logged yet, by claim
         self._logged_at = -math.inf  # time.monotonic() when such were logged last
-        self._followed: Plan | None = None  # from which what is prepared was last derived
         self._options = options
         self._api = api
         self._host = host
@@ -4492,7 +4490,7 @@ class Claims:
     def open(self) -> None:
         """Take up what CDI files say, which another instance may have changed. Raises OSError."""
         self._change = asyncio.get_running_loop().create_future()
-        self._is_open, self._followed = True, None
+        self._is_open = self._is_stale = True
         self.prepared, self._unread, self._doubts = {}, {}, {}
         self._take_up()
 
@@ -4502,16 +4500,13 @@ class Claims:
             self._is_open = False
             self._notify()
 
-    def follow(self, plan: Plan, slots: SlotsOfDra) -> None:
-        """Have containers be given what PLAN, with these SLOTS, has from the next look on."""
-        self.plan, self._slots = plan, slots
-
-    def look(self) -> None:
-        """Have what is prepared follow from the plan and /dev (of devices that are not offered, the plan says nothing),
-        and the CDI files from that, whoever has changed them."""
+    def look(self, plan: Plan, slots: SlotsOfDra) -> None:
+        """Have what is prepared follow from PLAN, its SLOTS and /dev (of devices that are not offered, the plan says
+        nothing), and the CDI files from that, whoever has changed them."""
         if not self._is_open:
             return
-        is_changed, self._followed, self.lost = self._followed is not self.plan, self.plan, {}
+        is_changed = self._is_stale or plan is not self._plan
+        self._is_stale, self._plan, self._slots, self.lost = False, plan, slots, {}
         for claim in list(self.prepared.values()):
             followed = [(device, *self._follow(device)) for device in claim.devices]
             self.lost.update((device.name, device) for device, slot, problem in followed if problem and not slot)
@@ -4519,7 +4514,7 @@ class Claims:
             try:
                 self._rewrite(claim, is_changed)
             except AllocationError:
-                self._followed = None  # it went just now
+                self._is_stale = True  # it went just now
             except OSError as error:
                 self._log_not_written(claim, error)
         if self._rewrites and time.monotonic() - self._logged_at >= self.LOG_SECONDS:
@@ -4632,7 +4627,7 @@ class Claims:
         board.set(claim.uid, text, "cdi-file-not-rewritten", claim=claim.full_name)
 
     def _follow(self, device: ClaimedDevice) -> tuple[Slot | None, str]:
-        return follow_device(device, self.plan or EMPTY_PLAN, self._slots, self._options.dev_dir)
+        return follow_device(device, self._plan, self._slots, self._options.dev_dir)
 
     def _holders(self, claim: PreparedClaim) -> dict[str, str]:
         """The other claims that take, or may take, devices of CLAIM: by uid, a sentence that says so."""
@@ -4930,9 +4925,9 @@ class DraPlugin:
     ) -> pb.NodePrepareResourcesResponse:
         end = time.monotonic() + self._claims.PREPARE_SECONDS
         claims = [PreparedClaim(claim.uid, claim.namespace, claim.name) for claim in request.claims]
-        tasks = [self._claims.prepare(claim, end) for claim in claims]
+        answers = await asyncio.gather(*(self._claims.prepare(claim, end) for claim in claims), return_exceptions=True)
         response = pb.NodePrepareResourcesResponse()
-        for claim, prepared in zip(claims, await asyncio.gather(*tasks, return_exceptions=True)):
+        for claim, prepared in zip(claims, answers):
             entry = response.claims[claim.uid]
             if isinstance(prepared, PreparedClaim):
                 board.set(claim.uid, "")
@@ -4955,9 +4950,9 @@ class DraPlugin:
         self, request: pb.NodeUnprepareResourcesRequest, context: grpc.aio.ServicerContext
     ) -> pb.NodeUnprepareResourcesResponse:
         response = pb.NodeUnprepareResourcesResponse()
-        for claim in request.claims:
-            problem = self._claims.unprepare(claim.uid)
-            response.claims[claim.uid].error = f"{self.full_name}: {problem}" if problem else ""
+        for uid in (claim.uid for claim in request.claims):
+            problem = self._claims.unprepare(uid)
+            response.claims[uid].error = f"{self.full_name}: {problem}" if problem else ""
         return response
 
 
@@ -4975,6 +4970,7 @@ class DraSide(KubeletSide):
         self._claims = Claims(options, self._api, host)
         self._publisher = Publisher(self._api, options.node_name, self.domain, self._claims.check)
         self._plugin = DraPlugin(options, self._claims, self._publisher.refresh)
+        self._plan: Plan | None = None
         self._gone_since: Mapping[str, float] = {}  # time.monotonic(), by name of a device in the slices
         self._wanted_from: tuple[object, ...] = ()  # what the slices were last derived from
         self._is_standby = False  # another instance serves the driver
@@ -4989,28 +4985,26 @@ class DraSide(KubeletSide):
     async def _check(self) -> None:
         """Check the driver's sockets, that of the kubelet, and the CDI files, and publish what is offered, and the
         prepared devices that are gone and not offered. If another device has the name of one by now, it must wait."""
-        plan = self._claims.plan
-        if not plan:  # until then, nobody knows what to publish
+        if not self._plan:  # until then, nobody knows what to publish
             return
         await self._check_sockets()
         self._plugin.check_kubelet()
-        self._claims.look()
+        self._claims.look(self._plan, self.slots)
         now, lost = time.monotonic(), self._claims.lost
         since_when = {name: slot.device.since for name, slot in self.slots.items() if slot.device.is_gone}
         since_when.update((name, self._gone_since.get(name, now)) for name in lost)
         self._gone_since = since_when
         evicted = {name for name, since in since_when.items() if now - since >= self._options.gone_grace}
-        wanted_from = (plan, lost.keys(), evicted)
+        wanted_from = (self._plan, lost.keys(), evicted)
         if wanted_from != self._wanted_from:
             self._wanted_from = wanted_from
             wanted: dict[str, Slot | ClaimedDevice] = {**self.slots, **lost}
             devices = (slice_device(name, device, self.domain, name in evicted) for name, device in wanted.items())
-            self._publisher.want(devices, list(plan.resources))
+            self._publisher.want(devices, list(self._plan.resources))
 
     def apply(self, plan: Plan) -> None:
         """Publish PLAN, and have the CDI files name the nodes that their devices have now."""
-        self.slots = slots_by_device_name(plan)
-        self._claims.follow(plan, self.slots)
+        self._plan, self.slots = plan, slots_by_device_name(plan)
         self.check_now()
 
     @property
