@@ -4808,12 +4808,11 @@ class Publisher:
             await self._api.call("delete", f"{path}/{name}")
             del copies[name]
         for body in resource_slices(self._domain, self._node, node["uid"], generation, wanted):
-            name = body["metadata"]["name"]
+            name, verb, place = body["metadata"]["name"], "create", path
             if name in copies:
                 body["metadata"]["resourceVersion"] = copies[name].version
-                copies[name] = await self._api.call("update", f"{path}/{name}", body, read=read_slice)
-            else:
-                copies[name] = await self._api.call("create", path, body, read=read_slice)
+                verb, place = "update", f"{path}/{name}"
+            copies[name] = await self._api.call(verb, place, body, read=read_slice)
         count = pluralize(sum(number for number, _ in wanted), "device")
         sentence = f"published {count} in {pluralize(len(wanted), 'ResourceSlice')}"
         log_event("published", sentence, generation=generation)
@@ -4890,15 +4889,14 @@ class DraPlugin:
         if kubelet:
             self.restarts += self._kubelet not in (None, kubelet)
             self._kubelet = kubelet
-        if not self.is_registered:
-            if time.monotonic() - self._served_since > REGISTER_SECONDS and not board.get("driver"):
-                board.set("driver", "the kubelet has not registered the driver; waiting for it", "kubelet-gone")
-        elif self._registrar in (None, kubelet):  # one that never answered on its socket may be there
+        if self.is_registered and self._registrar in (None, kubelet):  # None: it never answered on its socket
             self._registrar = kubelet
             board.set("driver", "")
-        else:
+        elif self.is_registered:
             self.is_registered = False
             board.set("driver", f"the kubelet no longer answers on {path}; waiting for it", "kubelet-gone")
+        elif time.monotonic() - self._served_since > REGISTER_SECONDS and not board.get("driver"):
+            board.set("driver", "the kubelet has not registered the driver; waiting for it", "kubelet-gone")
 
     @answered
     async def GetInfo(self, request: pb.InfoRequest, context: grpc.aio.ServicerContext) -> pb.PluginInfo:
