@@ -3913,9 +3913,8 @@ class DevicePluginSide(KubeletSide):
 # names or chooses any more, stays with its pod: the config file was edited, and no pod is lost for that.
 # ---------------------------------------------------------------------------------------------------------------------
 
-MAX_SLICE_DEVICES = 64  # the API takes 128, but only 64 once one of them has a taint; the next two are limits of it
+MAX_SLICE_DEVICES = 64  # the API takes 128, but only 64 once one of them has a taint; the next is a limit of it
 MAX_ATTRIBUTE_BYTES = 64
-MAX_DRIVER_NAME = 63
 MAX_API_ANSWER = 2 << 20  # bytes
 MAX_API_OBJECTS = 50_000  # objects and lists in an answer: two bytes of JSON can take a hundred of memory
 MAX_FILE_BYTES = 1 << 20  # of a token, a CA and a CDI file
@@ -3959,9 +3958,6 @@ class PreparedClaim(NamedTuple):
     def taken(self) -> set[str]:
         """The devices that no other claim may have."""
         return {device.name for device in self.devices if not device.is_admin}
-
-
-# What is published.
 
 
 def dns_label(text: str, limit: int) -> str:
@@ -4076,9 +4072,6 @@ def read_slices(answer: Document, domain: str, node: str) -> tuple[dict[str, Sli
     return slices, answer["metadata"].get("continue", "")
 
 
-# What is prepared.
-
-
 def read_claim(document: Document, claim: PreparedClaim, domain: str, node: str) -> PreparedClaim | None:
     """CLAIM with the devices of the driver DOMAIN on NODE that it was allocated, each once for all of its requests;
     None if DOCUMENT is another claim of its name. Raises AllocationError, and one of UNEXPECTED for what is no claim.
@@ -4182,9 +4175,6 @@ def read_cdi_document(document: Document, domain: str) -> PreparedClaim:
         problem = Reason.GONE.template if match[2] else ""
         devices.append(ClaimedDevice(match[1], requests, is_admin, resource, path, edits, problem))
     return PreparedClaim(uid, namespace, name, tuple(devices))
-
-
-# The API server.
 
 
 class ApiError(Exception):
@@ -4370,9 +4360,6 @@ def _connection_problem(error: OSError | RuntimeError, ca_file: str) -> str:
     number = getattr(error, "errno", None) or 0  # of ssl.SSLError, it is none of the system's, but a reason is there
     reason = getattr(error, "reason", "") or (os.strerror(number) if number > 0 else str(error) or repr(error))
     return f"does not answer: {printable(reason)[:MAX_SHOWN]}"
-
-
-# The claims.
 
 
 class CdiFiles:
@@ -4704,9 +4691,6 @@ class Claims:
         self._change = self._change.get_loop().create_future()
 
 
-# The slices and the classes.
-
-
 class Publisher:
     """Keeps the ResourceSlices of NODE and the DeviceClasses on the API server as they are wanted. Belongs to a loop.
 
@@ -4829,9 +4813,6 @@ class Publisher:
                 log_event("class-made", "made a DeviceClass", name=name)  # with 409, another node has just made it
             self._made[name] = time.monotonic()
         return self.CLASS_SECONDS
-
-
-# The driver.
 
 
 def dra_sockets(options: argparse.Namespace) -> tuple[str, str]:
@@ -5024,7 +5005,6 @@ class DraSide(KubeletSide):
     def describe(self) -> Document:
         """The parts of the status document about the kubelet and about DRA."""
         api, plugin, publisher = self._api, self._plugin, self._publisher
-        claims = self._claims.prepared.values()
         dra = {
             "problem": self.problem,
             "registered": plugin.is_registered,
@@ -5035,10 +5015,10 @@ class DraSide(KubeletSide):
             "api_server": api.url,
             "api_reachable": not api.problem,
             "api_requests": [{"verb": verb, "code": code, "count": n} for (verb, code), n in api.requests.items()],
-            "claims_prepared": len(claims),
+            "claims_prepared": len(self._claims.prepared),
             "claims": [
                 {"namespace": claim.namespace, "name": claim.name, "devices": [device.path for device in claim.devices]}
-                for claim in claims
+                for claim in self._claims.prepared.values()
             ],
             "prepare_errors": plugin.prepare_errors,
         }
@@ -5982,10 +5962,10 @@ def check_length(path: str, too_long: int, advice: str) -> None:
 
 def check_dra(options: argparse.Namespace) -> str:
     """The directory of the DRA driver, which is made. Raises Problem if OPTIONS do not allow one."""
-    if len(options.domain) > MAX_DRIVER_NAME or not options.domain[0].isalpha():
+    if len(options.domain) > 63 or not options.domain[0].isalpha():
         raise Problem(
             f"with --api dra, the domain is the name of the driver, which must begin with a letter and have at most "
-            f"{MAX_DRIVER_NAME} characters; {options.domain} does not"
+            f"63 characters; {options.domain} does not"
         )
     if not _OBJECT_NAME.fullmatch(options.node_name):
         raise Problem(f'--node-name: "{options.node_name}" is not the name of a Node; kubectl get nodes shows them')
