@@ -4663,7 +4663,6 @@ class Claims:
         its file cannot be read, write the file. Raises ApiError."""
         claim = self.prepared.get(uid) or self._files.owner(uid)
         if not claim:
-            self._doubts.pop(uid, None)
             return
         try:
             allocated = await self._read(claim)
