@@ -66,7 +66,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeVar, Union
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, Union
 
 if TYPE_CHECKING:
     import asyncio
@@ -3869,8 +3869,8 @@ class DevicePluginSide(KubeletSide):
         """Make the smallest change that makes PLAN true: start, update or retire registrations."""
         import resource as limits
 
-        room = (limits.getrlimit(limits.RLIMIT_NOFILE)[0] - RESERVED_DESCRIPTORS) // DESCRIPTORS_EACH
-        room = max(room, len(self.registrations.keys() & plan.resources.keys()))  # what is served stays so
+        # The hard limit, for the soft one may be lower for a while only; then each registration tries again.
+        room = max(0, (limits.getrlimit(limits.RLIMIT_NOFILE)[1] - RESERVED_DESCRIPTORS) // DESCRIPTORS_EACH)
         names = sorted(plan.resources, key=lambda name: name not in self.registrations)
         served = dict.fromkeys(names[:room])
         for name in names[room:]:
@@ -5593,10 +5593,10 @@ def describe_process() -> Document:
 class StatusServer:
     """Answers those who ask how the daemon is. Belongs to the gRPC thread and its loop, but for report() and beat()."""
 
-    MAX_CLIENTS: ClassVar = 64
-    HEAD_BYTES: ClassVar = 8192  # of a request
-    CLIENT_SECONDS: ClassVar = 10.0  # for a client to send its request and take the answer
-    FRESH_SECONDS: ClassVar = 1.0  # for which all clients get the same answer
+    MAX_CLIENTS = 64
+    HEAD_BYTES = 8192  # of a request
+    CLIENT_SECONDS = 10.0  # for a client to send its request and take the answer
+    FRESH_SECONDS = 1.0  # for which all clients get the same answer
 
     listener: socket.socket
     side: KubeletSide
