@@ -3913,8 +3913,7 @@ class DevicePluginSide(KubeletSide):
 # names or chooses any more, stays with its pod: the config file was edited, and no pod is lost for that.
 # ---------------------------------------------------------------------------------------------------------------------
 
-MAX_SLICE_DEVICES = 64  # the API takes 128, but only 64 once one of them has a taint; the next is a limit of it
-MAX_ATTRIBUTE_BYTES = 64
+MAX_SLICE_DEVICES = 64  # the API takes 128, but only 64 once one of them has a taint
 MAX_API_ANSWER = 2 << 20  # bytes
 MAX_API_OBJECTS = 50_000  # objects and lists in an answer: two bytes of JSON can take a hundred of memory
 MAX_FILE_BYTES = 1 << 20  # of a token, a CA and a CDI file
@@ -4001,7 +4000,7 @@ def slice_device(name: str, device: Slot | ClaimedDevice, domain: str, evicts: b
         values, taint = {"resource": device.resource, "path": device.path}, "gone"
     attributes: Document = {}
     for key, value in values.items():
-        text = str(value).encode("utf-8", "backslashreplace")[:MAX_ATTRIBUTE_BYTES].decode("utf-8", "ignore")
+        text = str(value).encode("utf-8", "backslashreplace")[:64].decode("utf-8", "ignore")  # a limit of the API
         attributes[key] = {"int": value} if isinstance(value, int) else {"string": text}
     # NoSchedule: the scheduler gives it to no pod. NoExecute: the control plane also evicts the pods that have it.
     effect = "NoExecute" if evicts else "NoSchedule"
@@ -4389,12 +4388,11 @@ class CdiFiles:
 
     def owner(self, uid: str) -> PreparedClaim | None:
         """The claim UID without its devices, as the link names it."""
-        try:
+        with contextlib.suppress(OSError):
             namespace, _, name = os.readlink(self.paths(uid)[1]).partition("/")
-        except OSError:
-            return None
-        is_named = all(map(_OBJECT_NAME.fullmatch, (namespace, name)))
-        return PreparedClaim(uid, namespace, name) if is_named else None
+            if all(map(_OBJECT_NAME.fullmatch, (namespace, name))):
+                return PreparedClaim(uid, namespace, name)
+        return None
 
     def read(self, uid: str) -> PreparedClaim:
         """The claim of the file of UID. Raises OSError, and one of UNEXPECTED."""

@@ -7054,8 +7054,8 @@ def test_what_is_given_is_as_with_the_device_plugin(node: Node, cluster: Cluster
     node.link("serial/stick", "../bus/ttyUSB7")
     for name in ("snd/controlC0", "snd/pcmC0D0p", "video0", "media0"):
         node.plug(name)
-    node.sysfs("gpu.0", {})
-    node.sysfs("gpu.1", {})
+    for name in ("gpu.0", "gpu.1"):
+        node.sysfs(name, {})
     node.rules(
         SERIAL + "  containerpath: /dev/stick\n  permissions: r\n- devicematch: ^snd$\n"
         "- devicematch: ^video0$\n  with: [media0]\n  env: {CAMERA: '/dev/\\g<0>'}\n"
@@ -7263,9 +7263,7 @@ def test_another_stick_in_the_place_of_a_prepared_one(
 
 
 def test_a_device_that_is_gone_is_tainted_and_comes_back(camera: Cluster, start: Starter) -> None:
-    grace = {"gone-grace": "1.5"}
-    start(*camera.options(**grace), through=with_constants(EXPIRY_SECONDS=4.0, FULL_SCAN_SECONDS=0.2))
-    camera.ready("video0-0", "video0-1")
+    camera.serve(start, "--gone-grace", "1.5", EXPIRY_SECONDS=4.0, FULL_SCAN_SECONDS=0.2)
     claim = camera.give("video0-1")
     camera.node.unplug("video0")
     unplugged = time.monotonic()
@@ -7388,9 +7386,8 @@ DAMAGES: Mapping[str, Callable[[Path], object]] = {
 def test_a_cdi_file_that_somebody_changes_is_put_right(by: str, damage: str, camera: Cluster, start: Starter) -> None:
     if by != "look":
         camera.cdi.mkdir()  # one that is made later is watched from the next look on
-    looks = with_constants(**({} if by == "look" else {"SOCKET_LOOK_SECONDS": 60, "CALM_LOOK_SECONDS": 60}))
-    daemon = start(*camera.options(), "--interval", "60", through=looks)
-    camera.ready("video0-0", "video0-1")
+    looks = {} if by == "look" else {"SOCKET_LOOK_SECONDS": 60.0}
+    daemon = camera.serve(start, "--interval", "60", **looks)
     claim = camera.give("video0-0")
     content = camera.file(claim).read_text()
     for _ in range(2):
@@ -7831,9 +7828,7 @@ def test_tls_is_verified_always(certificate: str, ca: str, problem: str, camera:
 def test_an_api_server_that_is_replaced_by_another_is_found(camera: Cluster, start: Starter) -> None:
     ca = camera.node.root / "ca.crt"
     ca.write_bytes((camera.api.folder / "ca.crt").read_bytes())
-    hasty = with_constants(COMPARE_SECONDS=0.1, MIN_PUBLISH_SECONDS=0.05)
-    daemon = start(*camera.options(**{"kube-ca-file": str(ca)}), through=hasty)
-    camera.ready("video0-0", "video0-1")
+    daemon = camera.serve(start, "--kube-ca-file", str(ca), COMPARE_SECONDS=0.1, MIN_PUBLISH_SECONDS=0.05)
     camera.api.down()
     daemon.says("does not answer")
     camera.api.objects = {NODE_PATH: {"metadata": {"name": NODE_NAME, "uid": "another"}}}
