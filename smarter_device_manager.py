@@ -5035,11 +5035,12 @@ class DraSide(KubeletSide):
             for path in sockets:
                 os.makedirs(os.path.dirname(path), 0o750, exist_ok=True)
             self._is_standby = not all(map(self._leases.take, sockets))
-            for path in () if self._is_standby else sockets:
-                self._servers.append(UnixServer(path, self._plugin.add_to))
-                await self._servers[-1].start()
-                self._servers[-1].publish()
-            if self._servers:  # nothing is awaited from here on until all is checked; then the kubelet's calls follow
+            if not self._is_standby:
+                for path in sockets:
+                    self._servers.append(UnixServer(path, self._plugin.add_to))
+                    await self._servers[-1].start()
+                    self._servers[-1].publish()
+                # Nothing is awaited from here on until all is checked; only then are the kubelet's calls answered.
                 self._claims.open()
                 self._plugin.note_sockets(True)
                 self._publishing = asyncio.ensure_future(self._publisher.run())
