@@ -19,8 +19,8 @@ own /dev. The daemon follows hot-plugged devices, edits of the config file and r
     smarter_device_manager.py --systemd-unit    print a unit that runs it on this host, before the kubelet
     smarter_device_manager.py --manifest        print a manifest that runs it in a cluster, without an image of its own
 
-The chapters of this file: YAML, Expressions, Rules, Devices, Plan, Log, Kubelet, Device plugins, DRA, Status, Device
-side, Daemon, Modes, Options, and an appendix of texts. Each of them needs only those above it.
+The chapters of this file: YAML, Expressions, Rules, Devices, Plan, Log and problems, Device side, Kubelet, Device
+plugins, DRA, Status, Daemon, Modes, Options, and an appendix of texts. Each of them needs only those above it.
 
 There are two threads. The main thread owns the device side, which is the config file and /dev; it sends whole plans to
 the gRPC thread. That one owns the kubelet side: one asyncio loop with every socket and stream. What passes between the
@@ -719,6 +719,7 @@ def _repeat(part: _Part, token: re.Match[str]) -> _Part:
 # ---------------------------------------------------------------------------------------------------------------------
 
 CONF_BYTES = 1 << 20  # the most that a ConfigMap can hold
+DEFAULT_DOMAIN = "smarter-devices"
 MAX_SLOTS = 10_000
 PARSE_SECONDS = 20.0  # of CPU time that the config file may take; one of 1 MiB takes 4 s, most a millisecond
 TEGRA = "nvidia-gpu"  # a devicematch with exactly this text means the GPUs of a Tegra board, which have no node in /dev
@@ -993,15 +994,14 @@ def _parse_rules(text: str) -> tuple[Rule, ...]:
         raise document.error("the file has no rules; write a list: - devicematch: ^video[0-9]*$")
     if not isinstance(document.value, list):
         raise _wrong(document, "a list of rules (- devicematch: ...)")
-    return tuple(_parse_rule(node) for node in document.value)
-
-
-def _parse_rule(node: Node) -> Rule:
-    if not isinstance(node.value, dict):
-        raise _wrong(node, "a rule (devicematch: ...)")
-    reader = _RuleReader()
-    fields = reader.fields(node, _KEYS, "a rule needs devicematch, a regular expression")
-    return Rule(line=node.line, match=reader.match, values=tuple(reader.values), **fields)
+    rules = []
+    for node in document.value:
+        if not isinstance(node.value, dict):
+            raise _wrong(node, "a rule (devicematch: ...)")
+        reader = _RuleReader()
+        fields = reader.fields(node, _KEYS, "a rule needs devicematch, a regular expression")
+        rules.append(Rule(line=node.line, match=reader.match, values=tuple(reader.values), **fields))
+    return tuple(rules)
 
 
 def resource_name(text: str) -> str:
@@ -1600,7 +1600,7 @@ class Sysfs:
 
 
 def start_read(job: Callable[[], T]) -> concurrent.futures.Future[T]:
-    """Start JOB, a read from sysfs, on a thread of its own, because a driver can block a reader for ever. Raises
+    """Start JOB, a read that can block for ever, as a driver can do it in sysfs, on a thread of its own. Raises
     RuntimeError if there can be no more threads."""
     read: concurrent.futures.Future[T] = concurrent.futures.Future()
 
@@ -2277,34 +2277,28 @@ def join_names(names: Sequence[str]) -> str:
     return ",".join(names[:MAX_NAMES]) + (",..." if len(names) > MAX_NAMES else "")
 
 
-class TextFormatter(logging.Formatter):
-    """One line per event: time, level, sentence, then key=value. The lines of a traceback follow, indented.
+class EventFormatter(logging.Formatter):
+    """One line per event: a JSON object if IS_JSON, else time, level, sentence, then key=value.
 
-    Only fields have a "=" between two words. In texts from outside, such as a value in sysfs, it is escaped."""
+    As text, the lines of a traceback follow, indented. Only fields have a "=" between two words; in texts from outside,
+    such as a value in sysfs, it is escaped."""
 
-    def format(self, record: logging.LogRecord) -> str:
-        fields = [f"{key}={_quote_value(str(value))}" for key, value in getattr(record, "fields", {}).items()]
-        message = re.sub(r"(?<=\w)=(?=[^\s,])", r"\\x3d", truncate(printable(record.getMessage()), MAX_MESSAGE))
-        line = " ".join([utc(record.created), record.levelname, message, *fields])
-        return "\n  ".join([line, *_traceback_lines(record)])
-
-
-def _quote_value(text: str) -> str:
-    return text if re.fullmatch("[!#-<>-~]+", text) else json.dumps(text).replace("=", r"\u003d")
-
-
-def _traceback_lines(record: logging.LogRecord) -> list[str]:
-    """The last lines of the traceback in RECORD. The text of an exception may have any character, even line breaks."""
-    text = logging.Formatter().formatException(record.exc_info) if record.exc_info else ""
-    return [truncate(printable(line), MAX_MESSAGE) for line in text.split("\n")[-100:] if text]
-
-
-class JsonFormatter(logging.Formatter):
-    """One JSON object per event, on one line."""
+    def __init__(self, is_json: bool) -> None:
+        super().__init__()
+        self._is_json = is_json
 
     def format(self, record: logging.LogRecord) -> str:
-        traceback = "\n".join(_traceback_lines(record))
-        return json.dumps({**event_of(record), **({"traceback": traceback} if traceback else {})})
+        event = event_of(record)
+        text = self.formatException(record.exc_info) if record.exc_info else ""
+        traceback = [truncate(printable(line), MAX_MESSAGE) for line in text.splitlines()[-100:]]
+        if self._is_json:
+            return json.dumps({**event, **({"traceback": "\n".join(traceback)} if traceback else {})})
+        message = re.sub(r"(?<=\w)=(?=[^\s,])", r"\\x3d", truncate(printable(event["message"]), MAX_MESSAGE))
+        pairs = [f"{key}={self._quote(str(value))}" for key, value in getattr(record, "fields", {}).items()]
+        return "\n  ".join([" ".join([event["time"], record.levelname, message, *pairs]), *traceback])
+
+    def _quote(self, text: str) -> str:
+        return text if re.fullmatch("[!#-<>-~]+", text) else json.dumps(text).replace("=", r"\u003d")
 
 
 def event_of(record: logging.LogRecord) -> Document:
@@ -2418,8 +2412,7 @@ def shorten_decode_error(record: logging.LogRecord) -> bool:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Device side: the config file and /dev are followed, and each change makes a new plan. Belongs to the main thread. What
-# the daemon keeps for its next start is in files; those of an older version are ignored if they have another form. Two
-# helpers are of Kubelet: write_file() and Watch.
+# the daemon keeps for its next start is in files; those of an older version are ignored if they have another form.
 # ---------------------------------------------------------------------------------------------------------------------
 
 DEFAULT_CONF_NAME = "the built-in default rules"
@@ -2429,6 +2422,31 @@ WITHOUT_CONF = f"no config file is given, so {DEFAULT_CONF_NAME} are used; --con
 FOLDER_SIGNAL = signal.SIGURG
 MAX_WATCHED = 64  # folders of /dev, each of which takes a file descriptor
 FULL_SCAN_SECONDS = 60.0  # between two scans of all of /dev, even of folders whose times did not change
+
+
+def write_file(path: str, temporary: str, data: bytes, mode: int, is_synced: bool = False) -> None:
+    """Write DATA to the new file TEMPORARY and rename it to PATH: nobody sees it half written. Raises OSError.
+
+    If IS_SYNCED, a power cut cannot leave it empty either. On a tmpfs, that costs nothing.
+    """
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    try:
+        with open(descriptor, "wb") as file:
+            os.fchmod(descriptor, mode)  # whatever the umask is
+            file.write(data)
+            file.flush()
+            if is_synced:
+                os.fsync(descriptor)
+        os.rename(temporary, path)
+    except OSError:
+        os.unlink(temporary)
+        raise
+    if is_synced:
+        folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 class KeptFile:
@@ -2525,14 +2543,9 @@ class ConfFile:
         self._refused: str | None = None  # the present text of the file, if its rules are not good
         self._kept = KeptFile(kept_path if path else "", f"the last good text of {json.dumps(path)}", "conf")
 
-    def start(self) -> None:
-        """Put the first rules in force. Raises Problem if there are no good ones."""
-        self.follow()
-        if not self.rules:
-            raise Problem(self.error)
-
     def follow(self, reread: bool = False) -> bool:
-        """Put the rules of the file in force if they changed and are good; whether there are new ones.
+        """Put the rules of the file in force if they changed and are good; whether there are new ones. Raises Problem
+        at the first call if there are none.
 
         An error in it is logged once, and again if REREAD. A text that was refused is not parsed again unless REREAD.
         """
@@ -2549,10 +2562,12 @@ class ConfFile:
             problem = f"cannot read the config file {self.path}: {error.strerror}"
         self.error, self._refused = problem, text if problem else None
         if problem and not old_rules:  # this is the start
-            parsed = self._kept.read(lambda text: (parse_rules(text), text, os.stat(self._kept.path).st_mtime))
-            self.rules, self.text, self.read_at = parsed or ((), KeptFile.NOTHING, 0.0)
+            kept = self._kept.read(lambda text: (parse_rules(text), text, os.stat(self._kept.path).st_mtime))
+            if not kept:
+                raise Problem(problem)
+            self.rules, self.text, self.read_at = kept
         has_changed = self.rules is not old_rules
-        if problem and self.rules and (reread or problem != old_error):
+        if problem and (reread or problem != old_error):
             self.failed_reloads += 1
             source = "" if old_rules else f", from {self._kept.path}"
             log_event("conf-refused", f"{problem}; the last good rules stay in force{source}", logging.ERROR)
@@ -2595,15 +2610,14 @@ class DeviceSide:
         except OSError as error:
             problem = f"cannot look at {self._dev_dir}: {error.strerror}; --dev-dir names the host's /dev"
             raise Problem(problem) from None
-        self.conf.start()
-        self._matcher = Matcher(self.conf.rules)
         self.plan = self._kept_devices.read(lambda text: parse_kept_devices(text, self._boot)) or EMPTY_PLAN
         self.turn()
 
-    def turn(self, reread: bool = False) -> Plan | None:
-        """Look for changes, everywhere if REREAD; the new plan if there is one."""
+    def turn(self, full: bool = False, reread: bool = False) -> Plan | None:
+        """Look for changes, everywhere if FULL or REREAD, which is that of ConfFile.follow(); the new plan if there is
+        one."""
         now, before = time.monotonic(), self.plan
-        full = reread or now >= self._next_full_scan
+        full = full or reread or now >= self._next_full_scan
         has_changed = self.conf.follow(reread)
         if has_changed:
             self._matcher = Matcher(self.conf.rules)
@@ -2634,18 +2648,12 @@ class DeviceSide:
             self._next_full_scan = min([now + FULL_SCAN_SECONDS, *expiry_times(self.plan)])
         return None if self.plan is before else self.plan
 
-    def request_full_scan(self) -> None:
-        """Let the next turn scan everything."""
-        self._next_full_scan = 0.0
-
     def folders(self) -> list[str]:
         """The folders of /dev in the order in which they are worth a watch: /dev, those with devices that are offered,
         and the others by their depth."""
-        paths = [
-            path for device in devices_of(self.plan) for path in (device.path, *(node.path for node in device.nodes))
-        ]
-        named = {"", *paths, *(path.rpartition("/")[0] for path in paths)}
-        paths = sorted(self.snapshot.folders, key=lambda path: (path != "", path not in named, path.count("/"), path))
+        used = {path for each in devices_of(self.plan) for path in (each.path, *(node.path for node in each.nodes))}
+        used |= {path.rpartition("/")[0] for path in used}
+        paths = sorted(self.snapshot.folders, key=lambda path: (path != "", path not in used, path.count("/"), path))
         return [f"{self._dev_dir}/{path}" for path in paths]
 
     def describe(self) -> Document:
@@ -2665,12 +2673,9 @@ class DeviceSide:
         }
 
 
-_Subject = tuple[str, str, int]  # a resource and a path in it, or "", a path that is left out and its rule's line
-
-
 @dataclass
 class _LoggedState:
-    """What ChangeLog knows of a subject."""
+    """What ChangeLog knows of a device of a resource, or of a path that is left out."""
 
     now: str | None = None  # its problem, or why it is left out; None: the plan does not have it
     said: str | None = None  # the same, as of its last line
@@ -2685,7 +2690,7 @@ class ChangeLog:
     CHANGE_SECONDS = 1.0
 
     def __init__(self) -> None:
-        self._states: dict[_Subject, _LoggedState] = {}
+        self._states: dict[tuple[str, str, int], _LoggedState] = {}  # by resource, path and 0; or "", path and line
         self._shared: dict[str, str] = {}  # what was logged of nodes that several resources offer
 
     def take(self, plan: Plan) -> None:
@@ -2740,6 +2745,39 @@ def _describe_change(resource: str, known: _LoggedState) -> tuple[str, str, int]
     return "plugged", f"{'offered' if known.said is None else 'Healthy again'}{count}", logging.INFO
 
 
+class Watch:
+    """Has the kernel send a signal to this process when a name in a directory is made, removed or renamed, and
+    WITH_CONTENT also when a file in it is written.
+
+    This is F_NOTIFY of fcntl(2): one signal for the first change, then it must be requested again. SIGIO must be
+    blocked in every thread and taken by sigtimedwait(2), or it ends the process.
+    """
+
+    def __init__(self, path: str, signal_number: int = signal.SIGIO, with_content: bool = False) -> None:
+        self._path = path
+        self._signal = signal_number
+        self._changes = fcntl.DN_CREATE | fcntl.DN_DELETE | fcntl.DN_RENAME | (with_content and fcntl.DN_MODIFY)
+        self._directory = -1  # its descriptor
+
+    def ask(self) -> bool:
+        """Request a signal for the next change, once however often this is called. Returns whether one will come."""
+        try:
+            if self._directory < 0 or not os.path.samestat(os.fstat(self._directory), os.stat(self._path)):
+                self.close()  # the path leads to another directory now
+                self._directory = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY)
+                fcntl.fcntl(self._directory, fcntl.F_SETSIG, self._signal)
+            fcntl.fcntl(self._directory, fcntl.F_NOTIFY, self._changes)
+        except OSError:
+            return False  # the directory is missing, or the kernel was built without CONFIG_DNOTIFY
+        return True
+
+    def close(self) -> None:
+        """Request no more signals."""
+        if self._directory >= 0:
+            os.close(self._directory)
+            self._directory = -1
+
+
 def watch_folders(watches: dict[str, Watch], paths: Sequence[str]) -> None:
     """Have the kernel send FOLDER_SIGNAL when something comes or goes in one of the folders PATHS, and in no other one.
     Folders beyond the limit of WATCHES, or that the kernel cannot watch, are left to the poll."""
@@ -2752,8 +2790,8 @@ def watch_folders(watches: dict[str, Watch], paths: Sequence[str]) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Kubelet: what the device plugin side and the DRA side share. A gRPC server on a Unix socket whose file others may
-# delete or replace, a watch on the directory, the connection to kubelet.sock, and the PodResources API. Everything from
-# here on needs grpc, and nothing here knows what is served. All of it runs on one asyncio loop, in the gRPC thread.
+# delete or replace, the connection to kubelet.sock, and the PodResources API. Everything from here on needs grpc, and
+# nothing here knows what is served. All of it runs on one asyncio loop, in the gRPC thread.
 # ---------------------------------------------------------------------------------------------------------------------
 
 CHECK_SECONDS = 0.1  # between two checks of kubelet.sock
@@ -2860,31 +2898,6 @@ def socket_identity(path: str) -> Identity | None:
     except OSError:
         return None
     return found.st_dev, found.st_ino, found.st_mtime_ns
-
-
-def write_file(path: str, temporary: str, data: bytes, mode: int, is_synced: bool = False) -> None:
-    """Write DATA to the new file TEMPORARY and rename it to PATH: nobody sees it half written. Raises OSError.
-
-    If IS_SYNCED, a power cut cannot leave it empty either. On a tmpfs, that costs nothing.
-    """
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    try:
-        with open(descriptor, "wb") as file:
-            os.fchmod(descriptor, mode)  # whatever the umask is
-            file.write(data)
-            file.flush()
-            if is_synced:
-                os.fsync(descriptor)
-        os.rename(temporary, path)
-    except OSError:
-        os.unlink(temporary)
-        raise
-    if is_synced:
-        folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 async def wait_bounded(work: Awaitable[T], seconds: float) -> T:
@@ -3045,39 +3058,6 @@ class Leases:
         except (BlockingIOError, PermissionError):
             return False
         return True
-
-
-class Watch:
-    """Has the kernel send a signal to this process when a name in a directory is made, removed or renamed, and
-    WITH_CONTENT also when a file in it is written.
-
-    This is F_NOTIFY of fcntl(2): one signal for the first change, then it must be requested again. SIGIO must be
-    blocked in every thread and taken by sigtimedwait(2), or it ends the process.
-    """
-
-    def __init__(self, path: str, signal_number: int = signal.SIGIO, with_content: bool = False) -> None:
-        self._path = path
-        self._signal = signal_number
-        self._changes = fcntl.DN_CREATE | fcntl.DN_DELETE | fcntl.DN_RENAME | (with_content and fcntl.DN_MODIFY)
-        self._directory = -1  # its descriptor
-
-    def ask(self) -> bool:
-        """Request a signal for the next change, once however often this is called. Returns whether one will come."""
-        try:
-            if self._directory < 0 or not os.path.samestat(os.fstat(self._directory), os.stat(self._path)):
-                self.close()  # the path leads to another directory now
-                self._directory = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY)
-                fcntl.fcntl(self._directory, fcntl.F_SETSIG, self._signal)
-            fcntl.fcntl(self._directory, fcntl.F_NOTIFY, self._changes)
-        except OSError:
-            return False  # the directory is missing, or the kernel was built without CONFIG_DNOTIFY
-        return True
-
-    def close(self) -> None:
-        """Request no more signals."""
-        if self._directory >= 0:
-            os.close(self._directory)
-            self._directory = -1
 
 
 class KubeletConnection:
@@ -3357,7 +3337,6 @@ RESERVED_DESCRIPTORS = 96  # for clients of the status server (64), Allocate, ku
 NO_DESCRIPTORS = "no file descriptors are left for it; raise the limit of this process (LimitNOFILE=, ulimit -n)"
 OTHER_INSTANCE = "another instance serves it; this one takes over when that ends"
 SHORTEST_NAME = 10  # of a resource, in its socket's name: a letter, a dash and 8 hexadecimal digits
-DEFAULT_DOMAIN = "smarter-devices"
 
 
 class HostDevices:
@@ -3809,17 +3788,18 @@ class Registration:
 
 
 class DevicePluginSide(KubeletSide):
-    """Offers a plan's resources to the kubelet whose socket is in PLUGIN_DIR."""
+    """Offers a plan's resources to the kubelet whose socket is in the plugin directory."""
 
     def __init__(
-        self, plugin_dir: str, domain: str, devices: HostDevices, loop: asyncio.AbstractEventLoop, max_silence: float
+        self, options: argparse.Namespace, host: HostDevices, loop: asyncio.AbstractEventLoop, max_silence: float
     ) -> None:
-        super().__init__(loop, max_silence, domain, [plugin_dir], Watch(plugin_dir))
+        plugin_dir: str = options.plugin_dir
+        super().__init__(loop, max_silence, options.domain, [plugin_dir], Watch(plugin_dir))
         self.registrations: dict[str, Registration] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}  # run() of the newest registration of each name
         self._kubelet = KubeletConnection(f"{plugin_dir}/kubelet.sock", self._kubelet_changed)
         self._leases = Leases(f"{plugin_dir}/smarter-device-manager.lock")
-        self._context = RegistrationContext(plugin_dir, domain, devices, self._kubelet, self._leases)
+        self._context = RegistrationContext(plugin_dir, self.domain, host, self._kubelet, self._leases)
 
     @property
     def is_answering(self) -> bool:
@@ -5069,9 +5049,6 @@ class DraSide(KubeletSide):
 # paths of the server are a public interface. A new metric is one more line of FAMILIES.
 # ---------------------------------------------------------------------------------------------------------------------
 
-FoundProblems = Mapping[str, Sequence[str]]  # what is wrong, and the names of the resources or devices that have it
-
-
 # The document. --list --json prints its parts "resources", "shared", "left_out" and "unused".
 
 
@@ -5081,11 +5058,10 @@ def describe_plan(plan: Plan, resources: Sequence[Document], domain: str) -> Doc
     def offer(name: str, path: str, line: int) -> Document:
         return {"resource": f"{domain}/{name}", "path": f"/dev/{path}", "line": line}
 
+    shared = find_shared(plan).items()
     return {
         "resources": resources,
-        "shared": [
-            {"path": node, "offers": [offer(*each) for each in offers]} for node, offers in find_shared(plan).items()
-        ],
+        "shared": [{"path": node, "offers": [offer(*each) for each in offers]} for node, offers in shared],
         "left_out": [
             {"path": f"/dev/{left.path}", "line": left.line, "reason": left.text, "label": left.reason.label}
             for left in plan.left_out
@@ -5096,35 +5072,28 @@ def describe_plan(plan: Plan, resources: Sequence[Document], domain: str) -> Doc
 
 def describe_resource(resource: Resource, domain: str, epoch: float) -> Document:
     """RESOURCE as a document. EPOCH is the time.time() at which time.monotonic() was 0."""
-    return {
-        "name": f"{domain}/{resource.name}",
-        "pool": resource.pool,
-        "slots": sum(device.slots for device in resource.devices),
-        "devices": [_describe_device(device, epoch) for device in resource.devices],
-    }
 
+    def describe_node(spec: DeviceSpec) -> Document:
+        paths = {"host": spec.host, "container": spec.container}
+        return {**paths, "permissions": spec.permissions, "targets": [host for host, _ in spec.nodes]}
 
-def _describe_device(device: Device, epoch: float) -> Document:
-    return {
-        "path": device_path(device),
-        "line": device.line,
-        "slots": device.slots,
-        "healthy": not device.problem,
-        "problem": device.problem,
-        **({"gone": device.is_gone} if device.problem else {}),
-        "since": utc(epoch + device.since),
-        "numa": list(device.numa),
-        "nodes": [
-            {
-                "host": spec.host,
-                "container": spec.container,
-                "permissions": spec.permissions,
-                "targets": [host for host, _ in spec.nodes],
-            }
-            for spec in device.specs
-        ],
-        "env": dict(device.env),
-    }
+    devices = [
+        {
+            "path": device_path(device),
+            "line": device.line,
+            "slots": device.slots,
+            "healthy": not device.problem,
+            "problem": device.problem,
+            **({"gone": device.is_gone} if device.problem else {}),
+            "since": utc(epoch + device.since),
+            "numa": list(device.numa),
+            "nodes": list(map(describe_node, device.specs)),
+            "env": dict(device.env),
+        }
+        for device in resource.devices
+    ]
+    slots = sum(device.slots for device in resource.devices)
+    return {"name": f"{domain}/{resource.name}", "pool": resource.pool, "slots": slots, "devices": devices}
 
 
 def describe_use(resource: Resource, holders: Holders | None) -> Document:
@@ -5132,21 +5101,17 @@ def describe_use(resource: Resource, holders: Holders | None) -> Document:
     if holders is None:
         return {"in_use": None, "holders": None}
     own = set(holders.get(resource.name, ()))
-    slots = dict(named_slots(resource, (holder.slot for holder in own)))
-    found = sorted(
-        (slot.device.path, slot.number, holder)
-        for holder in own
-        for slot in [slots[holder.slot]]
-        if slot and slot.number < slot.device.slots
-    )
-    paths = {device.path: device_path(device) for device in resource.devices}
-    held = [{"slot": holder.slot, "device": paths[path], **holder._asdict()} for path, _, holder in found]
+    named = named_slots(resource, (holder.slot for holder in own))
+    slots = {slot_id: slot for slot_id, slot in named if slot and slot.number < slot.device.slots}
+    places = {slot_id: (slot.device.path, slot.number, device_path(slot.device)) for slot_id, slot in slots.items()}
+    found = sorted((places[holder.slot], holder) for holder in own if holder.slot in places)
+    held = [{"slot": holder.slot, "device": path, **holder._asdict()} for (*_, path), holder in found]
     return {"in_use": len({holder["slot"] for holder in held}), "holders": held}  # a pod's containers may share a slot
 
 
-def find_unready(resources: Iterable[Document]) -> list[Document]:
-    """Those of RESOURCES that the kubelet has neither from this instance nor from another one."""
-    return [resource for resource in resources if not (resource["ready"] or resource["served_by_other"])]
+def is_served(resources: Iterable[Document]) -> bool:
+    """Whether the kubelet has each of RESOURCES, from this instance or another one."""
+    return all(resource["ready"] or resource["served_by_other"] for resource in resources)
 
 
 def find_hanging(threads: Iterable[Document]) -> list[str]:
@@ -5158,26 +5123,30 @@ def find_hanging(threads: Iterable[Document]) -> list[str]:
     ]
 
 
-def find_problems(document: Document) -> FoundProblems:
-    """What is wrong, the worst first."""
-    found: list[tuple[str, str]] = [(sentence, "") for sentence in find_hanging(document["threads"])]
+def find_problems(document: Document) -> Mapping[str, Sequence[str]]:
+    """What is wrong, the worst first, and the names of the resources or devices that have it."""
+    problems: dict[str, list[str]] = {sentence: [] for sentence in find_hanging(document["threads"])}
+
+    def add(sentence: str, *names: str) -> None:
+        if sentence:
+            problems.setdefault(sentence, []).extend(names)
+
     if document["dra"]:
-        found.append((document["dra"]["problem"], ""))
+        add(document["dra"]["problem"])
     elif document["kubelet"]["answering"]:
-        found += [(each["trouble"], each["name"]) for each in document["resources"] if not each["ready"]]
+        for resource in document["resources"]:
+            add(resource["trouble"], resource["name"])
     else:
         where = document["kubelet"]["plugin_dir"]
-        found.append((f"the kubelet does not answer in {where}: no pod can be given a device until it does", ""))
-    found += [(document["dev_problem"], ""), (conf_problem(document["conf"]), "")]
+        add(f"the kubelet does not answer in {where}: no pod can be given a device until it does")
+    add(document["dev_problem"])
+    add(conf_problem(document["conf"]))
     for resource in document["resources"]:
         users = users_by_device(resource)
-        for device in filter(lambda device: device["problem"], resource["devices"]):
-            named = _first_names([f"{container} of {pod}" for pod, container in users.get(device["path"], ())])
-            found.append((device["problem"] + (f", in use by {named}" if named else ""), device["path"]))
-    problems: dict[str, list[str]] = {sentence: [] for sentence, _ in found if sentence}
-    for sentence, name in found:
-        if sentence and name:
-            problems[sentence].append(name)
+        for device in resource["devices"]:
+            if device["problem"]:
+                named = _first_names([f"{container} of {pod}" for pod, container in users.get(device["path"], ())])
+                add(device["problem"] + (f", in use by {named}" if named else ""), device["path"])
     return problems
 
 
@@ -5234,10 +5203,8 @@ def _lists(document: Document) -> Iterator[tuple[str, Sequence[str], Sequence[Se
     """What tables and page list below the resources: titles, headers and rows."""
     shared = []
     for node in document["shared"]:
-        lines = sorted({offer["line"] for offer in node["offers"]})
-        shared.append(
-            (", ".join(map(str, lines)), node["path"], ", ".join(each["resource"] for each in node["offers"]))
-        )
+        lines = ", ".join(map(str, sorted({offer["line"] for offer in node["offers"]})))
+        shared.append((lines, node["path"], ", ".join(offer["resource"] for offer in node["offers"])))
     yield "Offered by several resources, so several pods can have it at once", ("LINE", "NODE", "RESOURCES"), shared
     left_out = [(left["line"], left["path"], left["reason"]) for left in document["left_out"]]
     yield "Left out, though a rule names it", ("LINE", "PATH", "REASON"), left_out
@@ -5257,8 +5224,7 @@ def render_list(document: Document) -> str:
 
 
 def target_of(host: str, targets: Sequence[str]) -> tuple[str, bool]:
-    """The node that the path HOST, which stands for the nodes TARGETS, leads to if it is a link; and whether it is a
-    folder."""
+    """The node that HOST leads to if it is a link; and whether it is a folder. It stands for the nodes TARGETS."""
     is_folder = len(targets) > 1 or targets[0].startswith(host + "/")
     return "" if is_folder or targets[0] == host else targets[0], is_folder
 
@@ -5366,7 +5332,7 @@ def _request_samples(document: Document) -> Samples:
 
 # The names of metrics without PREFIX, their help, and where the document has their values: "resources.KEY" has one per
 # resource if it is known, any other "PART.KEY" has one if the document has PART.
-FAMILIES: Sequence[tuple[str, str, Union[str, Callable[[Document], Samples]]]] = (
+FAMILIES: Sequence[tuple[str, str, str | Callable[[Document], Samples]]] = (
     ("build_info", "Always 1; the labels have the versions.", _build_samples),
     ("slots", "Containers that may have the resource at once.", "resources.slots"),
     ("slots_in_use", "Slots that containers have; absent while unknown.", "resources.in_use"),
@@ -5401,20 +5367,15 @@ FAMILIES: Sequence[tuple[str, str, Union[str, Callable[[Document], Samples]]]] =
 )
 
 
-def metric_name(name: str) -> str:
-    """The exported name; those of a process are the names that all Prometheus clients give them."""
-    return name if name.startswith("process_") else PREFIX + name
-
-
 def render_metrics(document: Document) -> Iterator[str]:
     """DOCUMENT as metrics, line by line."""
     for short, text, source in FAMILIES:
-        name = metric_name(short)
+        name = short if short.startswith("process_") else PREFIX + short  # the former are the same in all programs
         yield f"# HELP {name} {text}\n# TYPE {name} {'counter' if name.endswith('_total') else 'gauge'}\n"
         for labels, value in _read_samples(source, document) if isinstance(source, str) else source(document):
             pairs = ",".join(f'{key}="{text.translate(_ESCAPES_OF_LABELS)}"' for key, text in labels.items())
-            number = int(value) if isinstance(value, int) else value
-            yield f"{name}{{{pairs}}} {number!r}\n" if pairs else f"{name} {number!r}\n"
+            number = int(value) if isinstance(value, bool) else value
+            yield f"{name}{{{pairs}}} {number}\n" if pairs else f"{name} {number}\n"
 
 
 def _read_samples(source: str, document: Document) -> Samples:
@@ -5430,24 +5391,23 @@ _ESCAPES_OF_HTML = {ord(char): f"&#{ord(char)};" for char in "&<>\"'"}
 
 
 def _fill(template: str, **values: object) -> str:
-    """TEMPLATE with VALUES in their places, each escaped for HTML's text and quoted attributes."""
-    return template.format(**{key: printable(str(value)).translate(_ESCAPES_OF_HTML) for key, value in values.items()})
+    """TEMPLATE with those of VALUES that it names, each escaped for HTML's text and quoted attributes."""
+    return re.sub(r"{(\w+)}", lambda key: printable(str(values[key[1]])).translate(_ESCAPES_OF_HTML), template)
 
 
-def render_page(document: Document, problems: FoundProblems, nonce: str) -> Iterator[str]:
-    """DOCUMENT as an HTML page, piece by piece, PROBLEMS first; only a style and a script with NONCE are in force."""
+def render_page(document: Document, nonce: str) -> Iterator[str]:
+    """DOCUMENT as an HTML page, piece by piece, problems first; only a style and a script with NONCE are in force."""
+    problems = find_problems(document)
     count = len(problems)
     values = {
+        **document,
         "nonce": nonce,
-        "refresh": 5,  # seconds
-        "node": document["node"],
-        "version": document["smarter_device_manager"],
-        "time": clock(document["time"]),
+        "moment": clock(document["time"]),
         "verdict": "all is well" if not count else "1 thing is wrong" if count == 1 else f"{count} things are wrong",
         "mood": "bad" if count else "good",
         "colour": "%23b3262b" if count else "%23166a3a",
     }
-    yield _fill(_HEAD, **values) + STYLE + _fill(_TOP, **values)
+    yield _fill(_HEAD, **values)
     if count:
         yield '<ul class="card list wrong">\n'
         for sentence, names in problems.items():
@@ -5456,14 +5416,11 @@ def render_page(document: Document, problems: FoundProblems, nonce: str) -> Iter
         yield "</ul>\n"
     facts = "".join(_fill("<li>{fact}</li>\n", fact=fact) for fact in _facts(document))
     yield f'<ul class="card facts">\n{facts}</ul>\n<h2>Resources</h2>\n'
+    yield _TABLE if document["resources"] else _NO_TABLE
     by_name = {name: sentence for sentence, names in problems.items() for name in names}
-    if document["resources"]:
-        yield _TABLE
-        for resource in document["resources"]:
-            yield from _page_resource(resource, by_name.get(resource["name"], ""))
-        yield "</table>\n"
-    else:
-        yield '<p class="dim">No device is offered: no rule names a device of this node.</p>\n'
+    for resource in document["resources"]:
+        yield from _page_resource(resource, by_name.get(resource["name"], ""))
+    yield "</table>\n" if document["resources"] else ""
     lists = [(title, [(f"line {line}", *texts) for line, *texts in rows]) for title, _, rows in _lists(document)]
     lists += [("Last events", [(clock(event["time"]), *event_text(event)) for event in document["events"]])]
     for title, rows in lists:
@@ -5471,7 +5428,7 @@ def render_page(document: Document, problems: FoundProblems, nonce: str) -> Iter
         yield f'<h2>{title}</h2>\n<ul class="card list">\n' if rows else ""
         yield from (_fill(item, key=key, text=text, more=" ".join(more)) for key, text, *more in rows)
         yield "</ul>\n" if rows else ""
-    yield _fill(_FOOT, **values) + SCRIPT + "</script>\n</body>\n</html>\n"
+    yield _fill(_FOOT, **values)
 
 
 def _facts(document: Document) -> Iterator[str]:
@@ -5492,32 +5449,26 @@ def _facts(document: Document) -> Iterator[str]:
 def _page_resource(resource: Document, problem: str) -> Iterator[str]:
     """The rows of RESOURCE, which has PROBLEM if any: one per device, with the containers that use it."""
     in_use, refusals = resource["in_use"], resource["start_refusals"]
-    domain, _, name = resource["name"].partition("/")
+    domain, _, short_name = resource["name"].partition("/")
     head = _fill(
         _RESOURCE,
         rows=len(resource["devices"]),
         domain=domain,
-        name=name,
+        name=short_name,
         problem=problem,
         refused=f"{pluralize(refusals, 'start')} of a container refused" if refusals else "",
         use=f"{'unknown,' if in_use is None else in_use} of {resource['slots']}",
         percent=min(100, 100 * (in_use or 0) // max(resource["slots"], 1)),
     )
     users = users_by_device(resource)
-    yield _fill('<tbody id="{name}" role="rowgroup">\n', name=resource["name"])
+    yield _fill('<tbody id="{name}" role="rowgroup">\n', **resource)
     for device in resource["devices"]:
-        wrong, since = device["problem"], clock(device["since"])
-        yield _fill('<tr id="{path}" role="row">', path=device["path"]) + head
-        yield _fill(
-            _DEVICE,
-            line=device["line"],
-            since=since,
-            mood="bad" if wrong else "good",
-            state="Unhealthy" if wrong else "Healthy",
-            text=device_text(device),
-            problem=f"Unhealthy: {wrong}" if wrong else "",
-            problem_since=f"since {since}" if wrong else "",
-        )
+        yield _fill('<tr id="{path}" role="row">', **device) + head
+        values = {**device, "since": clock(device["since"]), "text": device_text(device)}
+        mood, state = ("bad", "Unhealthy") if device["problem"] else ("good", "Healthy")
+        yield _fill(_DEVICE, **values, mood=mood, state=state)
+        yield _fill(_PROBLEM, **values) if device["problem"] else ""
+        yield '</td>\n<td role="cell" data-name="Used by:">'
         for (pod, container), slots in users.get(device["path"], {}).items():
             held = f"{'slot' if len(slots) == 1 else 'slots'} {_first_names(slots)}"
             yield _fill(_USER, container=container, pod=pod, slots=held)
@@ -5553,13 +5504,13 @@ def is_known_host(host: str, names: frozenset[str]) -> bool:
 def respond(status: str, text: str, kind: str = "text/plain; charset=utf-8", policy: str = "") -> bytes:
     """TEXT as an answer of the type KIND, with POLICY added to what its Content-Security-Policy allows: nothing."""
     body = text.encode("utf-8", "backslashreplace")
+    policy = f"default-src 'none'; {policy}base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     head = [
         f"HTTP/1.1 {status}",
         f"Date: {time.strftime('%a, %d %b %Y %H:%M:%S GMT', time.gmtime())}",
         f"Content-Type: {kind}",
         f"Content-Length: {len(body)}",
-        "Content-Security-Policy: default-src 'none'; "
-        f"{policy}base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+        f"Content-Security-Policy: {policy}",
         "X-Content-Type-Options: nosniff",
         "Referrer-Policy: no-referrer",
         "Cache-Control: no-store",
@@ -5625,8 +5576,7 @@ class StatusServer:
             while True:
                 try:
                     connection, _ = await asyncio.get_running_loop().sock_accept(self.listener)
-                except OSError as error:
-                    log.debug("cannot accept a connection to the status page: %s", error.strerror)
+                except OSError:
                     await asyncio.sleep(1.0)  # until there are file descriptors again
                     continue
                 task = asyncio.ensure_future(self._serve(connection))
@@ -5647,11 +5597,8 @@ class StatusServer:
 
     async def _serve(self, connection: socket.socket) -> None:
         """Answer one request, if the client sends it and takes the answer in CLIENT_SECONDS."""
-        with connection:
-            try:
-                await asyncio.wait_for(self._answer(connection), self.CLIENT_SECONDS)
-            except (OSError, asyncio.TimeoutError) as error:
-                log.debug("a client of the status page went away or was too slow: %s", error)
+        with connection, contextlib.suppress(OSError, asyncio.TimeoutError):
+            await asyncio.wait_for(self._answer(connection), self.CLIENT_SECONDS)
 
     async def _answer(self, connection: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -5686,8 +5633,7 @@ class StatusServer:
             if path not in self._views:
                 self._views[path] = asyncio.ensure_future(self._view(path))
             return await asyncio.shield(self._views[path])
-        except OSError as error:  # of reading /proc, for lack of file descriptors
-            log.debug("cannot make the status page: %s", error.strerror)
+        except OSError:  # of reading /proc, for lack of file descriptors
             return plain(UNAVAILABLE)
         except Exception:
             log_internal_error("the status page failed")
@@ -5704,11 +5650,11 @@ class StatusServer:
     def _readyz(self) -> bytes:
         """200 if the kubelet has each resource, from this instance or another; and what is not as it should be."""
         states = {name: self.side.describe_registration(name) for name in self.plan.resources}
-        unready = find_unready(states.values())
-        lines = [] if unready else ["ok"]
-        lines += [f"{self.side.domain}/{name}: {each['trouble']}" for name, each in states.items() if not each["ready"]]
+        is_ready = is_served(states.values())
+        lines = ["ok"] if is_ready else []
+        lines += [f"{self.side.domain}/{name}: {each['trouble']}" for name, each in states.items() if each["trouble"]]
         lines += filter(None, [conf_problem(self.device_side["conf"])])
-        return plain(UNAVAILABLE if unready else OK, lines)
+        return plain(OK if is_ready else UNAVAILABLE, lines)
 
     async def _view(self, path: str) -> bytes:
         """What PATH shows of the document."""
@@ -5718,12 +5664,11 @@ class StatusServer:
         elif path == "/":
             nonce = os.urandom(16).hex()
             policy = f"style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; connect-src 'self'; img-src data:; "
-            kind, pieces = "text/html; charset=utf-8", render_page(document, find_problems(document), nonce)
+            kind, pieces = "text/html; charset=utf-8", render_page(document, nonce)
         else:
             document["healthy"] = not find_hanging(document["threads"])
-            document["ready"] = not find_unready(document["resources"])
-            found = find_problems(document).items()
-            document["problems"] = [_with_names(sentence, names) for sentence, names in found]
+            document["ready"] = is_served(document["resources"])
+            document["problems"] = [_with_names(*problem) for problem in find_problems(document).items()]
             kind, pieces = "application/json", json.JSONEncoder(indent=1).iterencode(document)
         return respond(OK, "".join(await in_slices(pieces)), kind, policy)
 
@@ -5778,11 +5723,12 @@ def mount_roots(folders: Iterable[str]) -> Mapping[str, str]:
     return {path: roots[point] for path, point in points.items() if point in roots}
 
 
-def network_error(error: OSError | UnicodeError) -> str:
+def network_error(error: Exception) -> str:
     """Why there is no connection, in the words of the system, without what Python adds to them."""
     if isinstance(error, UnicodeError):
         return "there is no such host name"
-    return str(error.strerror or error).partition(" (while attempting ")[0]
+    problem: str = getattr(error, "strerror", None) or str(error) or "timed out"
+    return problem.partition(" (while attempting ")[0]
 
 
 def address_text(address: tuple[Any, ...]) -> str:
@@ -5822,14 +5768,9 @@ class KubeletThread(threading.Thread):
         super().__init__(name="grpc", daemon=True)
         self.has_failed = False
         self._loop = asyncio.new_event_loop()
-        max_silence = find_max_silence(options.interval)
-        host_devices = HostDevices(options.dev_dir, lambda: os.kill(os.getpid(), SCAN_SIGNAL))
-        more = host_devices, self._loop
-        self._side: KubeletSide
-        if options.api == "dra":
-            self._side = DraSide(options, *more, max_silence)
-        else:
-            self._side = DevicePluginSide(options.plugin_dir, options.domain, *more, max_silence)
+        host = HostDevices(options.dev_dir, lambda: os.kill(os.getpid(), SCAN_SIGNAL))
+        side = DraSide if options.api == "dra" else DevicePluginSide
+        self._side: KubeletSide = side(options, host, self._loop, find_max_silence(options.interval))
         self._status = open_status(options, devices, self._side)
         self._directory: tuple[int, ...] = ()  # identity of the plugin directory, as the main thread last found it
         self._mounted = mount_roots(self._side.folders)
@@ -5877,12 +5818,11 @@ class KubeletThread(threading.Thread):
         Problem if a folder that is mounted here was deleted or moved: a new one in its place is invisible here."""
         end = "so that the next start finds the one that is used now"
         for folder, now in mount_roots(self._mounted).items() if self._mounted else ():
-            was = self._mounted[folder]
             if now.endswith("//deleted"):
                 raise Problem(f"the directory {folder} was deleted, and only this mount keeps it; exiting, {end}")
-            if now != was:
+            if now != self._mounted[folder]:
                 where = f"the directory that is mounted at {folder}"
-                raise Problem(f"{where} was moved, from {was} to {now}; exiting, {end}")
+                raise Problem(f"{where} was moved, from {self._mounted[folder]} to {now}; exiting, {end}")
         before, self._directory = self._directory, ()
         with contextlib.suppress(OSError):
             found = os.stat(self._side.plugin_dir)
@@ -5994,7 +5934,7 @@ def serve(options: argparse.Namespace) -> int:
     try:
         folder = check_dra(options) if is_dra else check_plugin_dir(options.plugin_dir)
     except Problem:
-        ConfFile(options.conf).start()  # first report an error in the config file, which is the newer one
+        ConfFile(options.conf).follow()  # first report an error in the config file, which is the newer one
         raise
     most = limits.getrlimit(limits.RLIMIT_NOFILE)[1]
     with contextlib.suppress(OSError, ValueError):  # somebody lowered fs.nr_open below it
@@ -6033,12 +5973,10 @@ def follow_devices(devices: DeviceSide, thread: KubeletThread, manager: ServiceM
     taken = 0  # the last signal
     while taken not in (signal.SIGTERM, signal.SIGINT):
         began = time.monotonic()
-        if taken == SCAN_SIGNAL:
-            devices.request_full_scan()
         if taken or devices.snapshot is not watched:
             watched = devices.snapshot
             watch_folders(watches, devices.folders())  # before the scan, so that no change is missed
-        plan = devices.turn(reread=taken == signal.SIGHUP) or plan
+        plan = devices.turn(full=taken == SCAN_SIGNAL, reread=taken == signal.SIGHUP) or plan
         if plan:
             changes.take(plan)
         changes.flush(time.monotonic())
@@ -6122,6 +6060,20 @@ def program_name() -> str:
     return "smarter_device_manager.py" if name in ("", "-c", "-m", "__main__.py") else name
 
 
+def write_output(text: str) -> None:
+    """Print TEXT now. Raises BrokenPipeError if the reader has gone (--list | head), and Problem if a write fails.
+
+    After that, stdout is /dev/null; otherwise Python would try again when it exits, and complain.
+    """
+    try:
+        print(text, end="", flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise Problem(f"cannot write the output: {error.strerror}") from None
+
+
 def scan_once(options: argparse.Namespace, with_facts: bool = False) -> DeviceSide:
     """The device side after its first scan, for modes that need no more. Raises Problem."""
     devices = DeviceSide(options.conf or "", options.dev_dir, options.sys_dir, with_facts=with_facts)
@@ -6138,32 +6090,25 @@ def read_all_attributes(sys_dir: str, node: Entry) -> Sequence[tuple[str, Values
     """
     found = []
     for folder in sysfs_folders(sys_dir, node):
-        values = {name: read_attribute(folder, name) for name in _attribute_names(folder)}
-        usable = {name: value for name, value in values.items() if value and _is_usable(value)}
-        if usable:
-            found.append((folder, usable))
+        names = [name for name in ("driver", "subsystem") if os.path.islink(f"{folder}/{name}")]
+        with contextlib.suppress(OSError), os.scandir(folder) as items:
+            files = (item for item in items if item.is_file(follow_symlinks=False))
+            names += [file.name for file in files if file.stat().st_mode & 0o444]
+        values = {}
+        for name in sorted({*names} - {"dev", "uevent"}):  # which distinguish no device from another
+            value = read_attribute(folder, name)
+            if value and len(value) <= MAX_VALUE and value.isprintable() and "\\x" not in value:  # a short line of text
+                values[name] = value
+        if values:
+            found.append((folder, values))
     return found
 
 
-def _attribute_names(folder: str) -> list[str]:
-    """The readable files and the links in the sysfs FOLDER that can distinguish one device from another."""
-    try:
-        with os.scandir(folder) as items:
-            files = [item.name for item in items if item.is_file(follow_symlinks=False) and item.stat().st_mode & 0o444]
-    except OSError:
-        return []
-    links = [name for name in ("driver", "subsystem") if os.path.islink(f"{folder}/{name}")]
-    return sorted({*files, *links} - {"dev", "uevent"})
-
-
-def _is_usable(value: str) -> bool:
-    """Whether a rule could ask for VALUE: one short line of text."""
-    return len(value) <= MAX_VALUE and value.isprintable() and "\\x" not in value
-
-
-def show_attributes(options: argparse.Namespace) -> int:
+def show_attributes(options: argparse.Namespace) -> None:
     """--list --attributes: print the attributes of a device in sysfs, as the beginnings of a rule."""
-    path = _path_below(options.attributes, options.dev_dir)
+    whole = os.path.normpath(os.path.join(options.dev_dir, options.attributes))
+    tops = [f"{top}/" for top in (options.dev_dir, "/dev") if whole.startswith(f"{top}/")]
+    path = whole[len(tops[0]) :] if tops else ""
     shown = f"/dev/{path}"
     if not path or not os.path.lexists(f"{options.dev_dir}/{path}"):
         raise Problem(f"{options.attributes} is not in {options.dev_dir}; give a path such as /dev/video0 or video0")
@@ -6184,12 +6129,8 @@ def show_attributes(options: argparse.Namespace) -> int:
     if not chain:
         number = f"{kind} {os.major(device)}:{os.minor(device)}"
         raise Problem(f"{options.sys_dir} does not have {shown} ({number}); --sys-dir names the host's /sys")
-    if options.json:
-        blocks = [{"folder": folder, "attributes": attributes} for folder, attributes in chain]
-        write_output(json.dumps(blocks, indent=2) + "\n")
-    else:
-        write_output(render_attributes(path, chain))
-    return 0
+    blocks = [{"folder": folder, "attributes": attributes} for folder, attributes in chain]
+    write_output(json.dumps(blocks, indent=2) + "\n" if options.json else render_attributes(path, chain))
 
 
 def render_attributes(path: str, chain: Iterable[tuple[str, Mapping[str, str]]]) -> str:
@@ -6209,19 +6150,10 @@ def render_attributes(path: str, chain: Iterable[tuple[str, Mapping[str, str]]])
     for folder, attributes in chain:
         lines += ["", f"  # {printable(folder)}", "  attributes:"]
         for name, value in attributes.items():
-            is_plain = re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name) and name not in _CONSTANTS
-            key = name if is_plain and not _NOT_PLAIN_TEXT.fullmatch(name) else "'" + name.replace("'", "''") + "'"
+            is_plain = re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name) and not _NOT_PLAIN_TEXT.fullmatch(name)
+            key = name if is_plain else "'" + name.replace("'", "''") + "'"
             lines.append(f"    {key}: {quoted(value)}")
     return "\n".join(lines) + "\n"
-
-
-def _path_below(text: str, dev_dir: str) -> str:
-    """The path below /dev of TEXT, which may be /dev/video0, video0 or DEV_DIR/video0; empty if it is elsewhere."""
-    path = os.path.normpath(os.path.join(dev_dir, text))
-    for top in (dev_dir, "/dev"):
-        if path.startswith(f"{top}/"):
-            return path[len(top) + 1 :]
-    return ""
 
 
 def find_overridden(plan: Plan, matcher: Matcher) -> list[tuple[Rule, Device]]:
@@ -6249,12 +6181,12 @@ def render_overridden(overridden: Sequence[tuple[Rule, Device]], plan: Plan) -> 
     return text + render_section(title, ("LINE", "DEVICEMATCH", "BY LINE"), inert)
 
 
-def show_list(options: argparse.Namespace) -> int:
+def show_list(options: argparse.Namespace) -> None:
     """--list: print what would be offered."""
     if options.attributes is not None:
-        return show_attributes(options)
-    _print_list(scan_once(options), options)
-    return 0
+        show_attributes(options)
+    else:
+        _print_list(scan_once(options), options)
 
 
 def _print_list(devices: DeviceSide, options: argparse.Namespace) -> None:
@@ -6270,15 +6202,15 @@ def _print_list(devices: DeviceSide, options: argparse.Namespace) -> None:
     write_output("".join(parts))
 
 
-def show_status(options: argparse.Namespace) -> int:
+def show_status(options: argparse.Namespace) -> None:
     """--status: print the state of a running daemon."""
     host, port = (options.listen or ("127.0.0.1", 8080)) if options.status is True else options.status
     address = ("127.0.0.1" if host in ("", "0.0.0.0", "::") else host, port)
     where = address_text(address)
     try:
-        document = json.loads(_fetch_status(address))
+        document = json.loads(start_read(lambda: _fetch_status(address)).result(STATUS_SECONDS))
         text = render_status(document)
-    except (OSError, UnicodeError) as error:
+    except (OSError, UnicodeError, concurrent.futures.TimeoutError) as error:
         raise Problem(
             f"no daemon answers on {where} ({network_error(error)}); give the address of its --listen option as "
             f"--status ADDRESS:PORT; for a daemon in a pod, first run "
@@ -6287,35 +6219,25 @@ def show_status(options: argparse.Namespace) -> int:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise Problem(f"what answers on {where} is not a smarter-device-manager, or has another version") from None
     write_output(json.dumps(document, indent=2) + "\n" if options.json else text)
-    return 0
 
 
 def _fetch_status(address: tuple[str, int]) -> str:
     """The status document of the status server at ADDRESS; empty if it sends none, cut off if it is too long. Raises
-    OSError, also if that takes longer than STATUS_SECONDS, and UnicodeError if there is no such host name."""
-    deadline = time.monotonic() + STATUS_SECONDS
-    answer = bytearray()
-    with socket.create_connection(address, STATUS_SECONDS) as connection:
+    OSError, and UnicodeError if there is no such host name."""
+    with socket.create_connection(address, STATUS_SECONDS) as connection, connection.makefile("rb") as stream:
         connection.sendall(b"GET /status.json HTTP/1.0\r\n\r\n")
-        while len(answer) <= 1 << 25:  # which is more than any daemon sends
-            connection.settimeout(max(deadline - time.monotonic(), 0.001))
-            chunk = connection.recv(1 << 20)
-            if not chunk:
-                break
-            answer += chunk
+        answer = stream.read(1 << 25)  # which is more than any daemon sends
     head, _, body = answer.partition(b"\r\n\r\n")
     return body.decode("utf-8", "replace") if head.startswith(b"HTTP/1.1 200 ") else ""
 
 
-def check(options: argparse.Namespace) -> int:
+def check(options: argparse.Namespace) -> None:
     """--check: print that the config file is good, and notes on its rules."""
     devices = scan_once(options)
-    verdict = f"{options.conf or DEFAULT_CONF_NAME}: good, {pluralize(len(devices.conf.rules), 'rule')}"
-    shared = describe_shared(find_shared(devices.plan))
-    notes = [*rule_notes(devices.conf.rules, options.domain)]
-    notes += map(printable, map(_with_names, shared, shared.values()))
-    write_output("".join(f"{line}\n" for line in [verdict, *notes]))
-    return 0
+    lines = [f"{options.conf or DEFAULT_CONF_NAME}: good, {pluralize(len(devices.conf.rules), 'rule')}"]
+    lines += rule_notes(devices.conf.rules, options.domain)
+    lines += [printable(_with_names(*each)) for each in describe_shared(find_shared(devices.plan)).items()]
+    write_output("".join(f"{line}\n" for line in lines))
 
 
 def rule_notes(rules: Iterable[Rule], domain: str) -> Iterator[str]:
@@ -6331,7 +6253,8 @@ def rule_notes(rules: Iterable[Rule], domain: str) -> Iterator[str]:
 
 
 def dry_run(options: argparse.Namespace) -> int:
-    """--dry-run: allocate a slot of each resource of this machine, and print what a container would be given."""
+    """--dry-run: allocate a slot of each resource of this machine, and print what a container would be given; 1 if that
+    failed for one of them, or if there is none."""
     is_dra = options.api == "dra"
     devices = scan_once(options, with_facts=is_dra)
     if not devices.plan.resources:
@@ -6348,8 +6271,10 @@ def dry_run(options: argparse.Namespace) -> int:
         if each:
             device = min(each, key=lambda device: not each[device].healthy)  # the first that is, or the first
             slot = each[device]
-            lines, is_allocated = _try_slot(slot, options, is_dra)
-            has_failed |= not is_allocated
+            try:
+                lines = _try_slot(slot, options.dev_dir, is_dra)
+            except AllocationError as error:
+                lines, has_failed = [f"nothing: {error}"], True
             if is_dra:
                 attributes = slice_device(device, slot, options.domain)["attributes"].items()
                 values = " ".join(f"{key}={value}" for key, typed in attributes for value in typed.values())
@@ -6362,13 +6287,9 @@ def dry_run(options: argparse.Namespace) -> int:
     return int(has_failed)
 
 
-def _try_slot(slot: Slot, options: argparse.Namespace, is_dra: bool) -> tuple[list[str], bool]:
-    """Lines that say what a container with SLOT is given, and whether all went well."""
-    try:
-        host_devices = HostDevices(options.dev_dir, lambda: None)
-        (given,) = host_devices.allocate(slot.resource, [[slot.id]])
-    except AllocationError as error:
-        return [f"nothing: {error}"], False
+def _try_slot(slot: Slot, dev_dir: str, is_dra: bool) -> list[str]:
+    """Lines that say what a container with SLOT is given. Raises AllocationError."""
+    (given,) = HostDevices(dev_dir, lambda: None).allocate(slot.resource, [[slot.id]])
     lines = []
     for host, container, permissions, nodes in given.specs:
         # CDI names nodes, no link or folder.
@@ -6377,7 +6298,7 @@ def _try_slot(slot: Slot, options: argparse.Namespace, is_dra: bool) -> tuple[li
             link, is_folder = target_of(path, targets)
             more = f" -> {link}" if link else f", {pluralize(len(targets), 'node')}" if is_folder else ""
             lines.append(f"{place} {permissions}" + (f" (the host's {path}{more})" if more or path != place else ""))
-    return lines + [f"{key}={value}" for key, value in sorted(given.env.items())], True
+    return lines + [f"{key}={value}" for key, value in sorted(given.env.items())]
 
 
 # Installing: --systemd-unit and --manifest print what stands in the appendix and in daemonset.yaml, with the values of
@@ -6388,7 +6309,7 @@ DEFAULT_IMAGE = "docker.io/library/python:3.13-slim"
 DEFAULT_NAMESPACE = "kube-system"
 
 
-def print_systemd_unit(options: argparse.Namespace) -> int:
+def print_systemd_unit(options: argparse.Namespace) -> None:
     """--systemd-unit: print a unit that runs this script with these options, before the node's kubelet."""
     if options.api == "dra":
         raise Problem("--systemd-unit does not support --api dra")
@@ -6397,9 +6318,9 @@ def print_systemd_unit(options: argparse.Namespace) -> int:
     for path in (sys.executable, script, options.conf or ""):
         if path.startswith(HOME_FOLDERS):
             raise Problem(f"{path} is in a home folder, which the unit hides from the service: first copy it to /opt")
-    given = {"conf": options.conf or "", **options.given, "pod_resources_socket": _pod_resources_socket(options)}
-    if given["pod_resources_socket"] == DEFAULT_POD_RESOURCES:
-        del given["pod_resources_socket"]
+    pod_resources = _pod_resources_socket(options)
+    pod_resources = "" if pod_resources == DEFAULT_POD_RESOURCES else pod_resources
+    given = {"conf": options.conf or "", **options.given, "pod_resources_socket": pod_resources}
     network = "PrivateNetwork=yes\nRestrictAddressFamilies=AF_UNIX"
     if options.listen:
         network = "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6"
@@ -6416,7 +6337,6 @@ def print_systemd_unit(options: argparse.Namespace) -> int:
         network=network,
     )
     write_output(unit)
-    return 0
 
 
 def _pod_resources_socket(options: argparse.Namespace) -> str:
@@ -6453,7 +6373,7 @@ MANIFEST_OPTIONS = {
 }
 
 
-def print_manifest(options: argparse.Namespace) -> int:
+def print_manifest(options: argparse.Namespace) -> None:
     """--manifest: print daemonset.yaml with this script in it, so that a public image of Python is enough."""
     if options.api == "dra":
         raise Problem("--manifest does not support --api dra; use helm template, see docs/dra.md")
@@ -6478,19 +6398,15 @@ def print_manifest(options: argparse.Namespace) -> int:
             raise Problem(f"{folder}/daemonset.yaml {problem}")
         text = text[: found.start()] + template.format(found=found[0], **values) + text[found.end() :]
     conf = ConfFile(options.conf or "")
-    conf.start()
+    conf.follow()
     maps = MANIFEST_HEAD
     for name, texts in ("smarter-device-manager", {"conf.yaml": conf.text}), ("smarter-device-manager-script", files):
         maps += CONFIG_MAP.format(name=name, namespace=values["namespace"])
-        for (
-            file,
-            content,
-        ) in texts.items():  # each is a block text, which begins after two of the blanks before its lines
+        for file, content in texts.items():  # as a block text, which begins after two of the blanks before its lines
             lines = content.rstrip("\n").split("\n")
             maps += f"  {file}: |2\n" + "".join(f"    {line}\n" if line else "\n" for line in lines)
         maps += "---\n"
     write_output(maps + text)
-    return 0
 
 
 def _manifest_values(options: argparse.Namespace, files: str) -> dict[str, str]:
@@ -6536,7 +6452,8 @@ def _read_text(path: str) -> str:
         raise Problem(f"cannot read {path}: {problem}; the manifest is made from it") from None
 
 
-MODES: Mapping[str, tuple[Callable[[argparse.Namespace], int], str]] = {  # but --status, which can have an address
+# But --status, which can have an address. A mode returns the exit status, unless that is 0.
+MODES: Mapping[str, tuple[Callable[[argparse.Namespace], int | None], str]] = {
     "check": (check, "say whether the config file is good"),
     "list": (show_list, "print what would be offered, and what is left out and why"),
     "dry_run": (dry_run, "allocate each resource, without a kubelet"),
@@ -6693,25 +6610,11 @@ def option_address(text: str) -> tuple[str, int]:
 def set_up_log(options: argparse.Namespace, handler: logging.Handler, level: int) -> None:
     """Send what is logged to HANDLER, from LEVEL on or from that in OPTIONS."""
     least = int(logging.getLevelName(options.log_level.upper())) if options.log_level else level
-    handler.setFormatter(JsonFormatter() if options.log_format == "json" else TextFormatter())
+    handler.setFormatter(EventFormatter(options.log_format == "json"))
     # Refusals are logged at every level. The status page shows events of level info even if the log does not.
     refusals = ("refused", "start-refused")
     handler.addFilter(lambda record: record.levelno >= least or getattr(record, "event", "") in refusals)
     logging.basicConfig(level=min(least, logging.INFO), handlers=[handler])
-
-
-def write_output(text: str) -> None:
-    """Print TEXT now. Raises BrokenPipeError if the reader has gone (--list | head), and Problem if a write fails.
-
-    After that, stdout is /dev/null; otherwise Python would try again when it exits, and complain.
-    """
-    try:
-        print(text, end="", flush=True)
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            raise
-        raise Problem(f"cannot write the output: {error.strerror}") from None
 
 
 def main() -> int:
@@ -6758,7 +6661,7 @@ def run(options: argparse.Namespace) -> int:
     for name, (mode, _) in {**MODES, "status": (show_status, "")}.items():
         if getattr(options, name):
             set_up_log(options, logging.StreamHandler(), logging.WARNING)
-            return mode(options)
+            return mode(options) or 0
     signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
     restart_compiled()
     writer = LogWriter()
@@ -6774,7 +6677,12 @@ def run(options: argparse.Namespace) -> int:
 # Appendix: the texts of the status page, and those that --systemd-unit and --manifest print.
 # ---------------------------------------------------------------------------------------------------------------------
 
-STYLE = """
+_HEAD = """<!doctype html>
+<html lang="en"><head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<noscript><meta http-equiv="refresh" content="5"></noscript>
+<style nonce="{nonce}">
 :root { color-scheme: light dark; --page: light-dark(#f4f5f7, #0f1318); --card: light-dark(#fff, #181d24);
   --text: light-dark(#1b1f24, #e4e8ed); --dim: light-dark(#59636e, #98a3b0); --line: light-dark(#e1e4e8, #2a313a);
   --used: light-dark(#2563c9, #6aa1ff); --full: light-dark(#a85f00, #f0a63a); --good: light-dark(#166a3a, #56d08a);
@@ -6790,8 +6698,7 @@ code { font: .92em ui-monospace, Menlo, "DejaVu Sans Mono", monospace; }
 button { background: var(--card); color: var(--text); margin-left: auto; }
 small, .dim { font-size: .87rem; font-weight: 400; color: var(--dim); } small { display: block; }
 .good { color: var(--good); } .bad { color: var(--bad); }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
-.list { padding: .3rem 1rem; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; } .list { padding: .3rem 1rem; }
 .list li { display: grid; grid-template-columns: 11rem 1fr; gap: 0 1.5rem; padding: .4rem 0; }
 .list li + li, tbody th, td { border-top: 1px solid var(--line); }
 .wrong { border-left: 5px solid var(--bad); margin-bottom: 1.25rem; } .wrong li { display: block; }
@@ -6802,18 +6709,43 @@ thead th:nth-child(1) { width: 20%; } thead th:nth-child(2) { width: 17%; } thea
 :target, :target td { background: var(--goal); }
 svg { display: block; width: 100%; height: 9px; margin-top: .35rem; border-radius: 5px; background: var(--line); }
 rect { fill: var(--used); } [width="100%"] { fill: var(--full); }
-.dot { display: inline-block; width: .62em; height: .62em; border-radius: 50%; margin-right: .5em;
-  background: currentcolor; }
+.dot { display: inline-block; border: .31em solid; border-radius: 50%; margin-right: .5em; }
 @media (max-width: 44rem) {
   .list li { grid-template-columns: 1fr; }
   table, tbody, tr, th, td { display: block; } thead { display: none; } table.card { background: none; border: 0; }
   tbody { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .4rem 0; }
   tbody + tbody { margin-top: .6rem; } tbody th, td { padding: .2rem 1rem; border: 0; }
   td:empty { display: none; } td[data-name]::before { content: attr(data-name) " "; color: var(--dim); } }
+</style>
+<title>{node}: {verdict}</title>
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 8 8'%3E%3Ccircle \
+cx='4' cy='4' r='4' fill='{colour}'/%3E%3C/svg%3E">
+</head><body>
+<header><h1>{node}</h1><span id="verdict" role="status" data-live><span class="pill {mood}">{verdict}</span></span>
+<button id="pause" type="button" hidden>Pause</button>
+<p class="dim">smarter-device-manager {smarter_device_manager}, as of <span id="time" data-live>{moment}</span>.
+All times are UTC. <strong id="trouble" class="bad" role="status"></strong></p></header>
+<main id="content" data-live>
 """
-SCRIPT = """
-const button = document.getElementById("pause"), trouble = document.getElementById("trouble");
-const period = 1000 * document.body.dataset.refresh;
+_TABLE = """<table class="card" role="table">
+<thead><tr><th scope="col">Resource</th><th scope="col">Slots in use</th><th scope="col">Device</th>
+<th scope="col">Used by</th></tr></thead>
+"""
+_RESOURCE = """<th role="rowheader" scope="rowgroup" rowspan="{rows}"><small>{domain}/</small>{name}\
+<small class="bad">{problem}</small><small class="bad">{refused}</small></th>
+<td role="cell" rowspan="{rows}" data-name="Slots in use:">{use}
+<svg aria-hidden="true"><rect width="{percent}%" height="100%"/></svg></td>
+"""
+_DEVICE = """<td role="cell" title="since {since}, by the rule of line {line}"><span class="dot {mood}" role="img" \
+aria-label="{state}"></span><code>{text}</code>"""
+_PROBLEM = """<small class="bad">Unhealthy: {problem}</small><small>since {since}</small>"""
+_USER = """<p>{container} <span class="dim">of</span> {pod} <small>{slots}</small></p>"""
+_NO_TABLE = '<p class="dim">No device is offered: no rule names a device of this node.</p>\n'
+_FOOT = """</main>
+<footer class="dim">This page updates itself every 5 seconds. For programs: <a href="status.json">\
+status.json</a>, <a href="metrics">metrics</a>, <a href="healthz">healthz</a>, <a href="readyz">readyz</a>.</footer>
+<script nonce="{nonce}">
+const button = document.getElementById("pause"), trouble = document.getElementById("trouble"), period = 5000;
 const mayChange = () => button.textContent == "Pause" && !document.hidden && getSelection().isCollapsed;
 
 function show(page) {
@@ -6841,42 +6773,10 @@ async function refresh() {
 button.onclick = () => button.textContent = button.textContent == "Pause" ? "Resume" : "Pause";
 button.hidden = false;
 setInterval(refresh, period);
+</script>
+</body>
+</html>
 """
-_HEAD = """<!doctype html>
-<html lang="en"><head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<noscript><meta http-equiv="refresh" content="{refresh}"></noscript>
-<style nonce="{nonce}">"""
-_TOP = """</style>
-<title>{node}: {verdict}</title>
-<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 8 8'%3E%3Ccircle \
-cx='4' cy='4' r='4' fill='{colour}'/%3E%3C/svg%3E">
-</head><body data-refresh="{refresh}">
-<header><h1>{node}</h1><span id="verdict" role="status" data-live><span class="pill {mood}">{verdict}</span></span>
-<button id="pause" type="button" hidden>Pause</button>
-<p class="dim">smarter-device-manager {version}, as of <span id="time" data-live>{time}</span>. All times are UTC.
-<strong id="trouble" class="bad" role="status"></strong></p></header>
-<main id="content" data-live>
-"""
-_TABLE = """<table class="card" role="table">
-<thead role="rowgroup"><tr role="row"><th role="columnheader" scope="col">Resource</th><th role="columnheader" \
-scope="col">Slots in use</th><th role="columnheader" scope="col">Device</th><th role="columnheader" scope="col">\
-Used by</th></tr></thead>
-"""
-_RESOURCE = """<th role="rowheader" scope="rowgroup" rowspan="{rows}"><small>{domain}/</small>{name}\
-<small class="bad">{problem}</small><small class="bad">{refused}</small></th>
-<td role="cell" rowspan="{rows}" data-name="Slots in use:">{use}
-<svg aria-hidden="true"><rect width="{percent}%" height="100%"/></svg></td>
-"""
-_DEVICE = """<td role="cell" title="since {since}, by the rule of line {line}"><span class="dot {mood}" role="img" \
-aria-label="{state}"></span><code>{text}</code><small class="bad">{problem}</small><small>{problem_since}</small></td>\
-<td role="cell" data-name="Used by:">"""
-_USER = """<p>{container} <span class="dim">of</span> {pod} <small>{slots}</small></p>"""
-_FOOT = """</main>
-<footer class="dim">This page updates itself every {refresh} seconds. For programs: <a href="status.json">\
-status.json</a>, <a href="metrics">metrics</a>, <a href="healthz">healthz</a>, <a href="readyz">readyz</a>.</footer>
-<script nonce="{nonce}">"""
 SYSTEMD_UNIT = """\
 # smarter-device-manager on the host, without a container. Printed by its option --systemd-unit.
 [Unit]

@@ -1045,6 +1045,7 @@ class Status:
         self.host = {"[::]": "127.0.0.1"}.get(host, host.strip("[]"))
         self.port = int(port)
         self.address = sdm.address_text((self.host, self.port))
+        self.url = f"http://{self.address}/"
 
     def connect(self, host: str = "") -> socket.socket:
         return socket.create_connection((host or self.host, self.port), PATIENCE)
