@@ -3831,9 +3831,7 @@ class DevicePluginSide(KubeletSide):
 # names or chooses any more, stays with its pod: the config file was edited, and no pod is lost for that.
 # ---------------------------------------------------------------------------------------------------------------------
 
-MAX_SLICE_DEVICES = 64  # the API takes 128, but only 64 once one of them has a taint; the next two are limits of it
-MAX_ATTRIBUTE_BYTES = 64
-MAX_DRIVER_NAME = 63
+MAX_SLICE_DEVICES = 64  # the API takes 128, but only 64 once one of them has a taint
 MAX_API_ANSWER = 2 << 20  # bytes
 MAX_API_OBJECTS = 50_000  # objects and lists in an answer: two bytes of JSON can take a hundred of memory
 MAX_FILE_BYTES = 1 << 20  # of a token, a CA and a CDI file
@@ -3879,9 +3877,6 @@ class PreparedClaim(NamedTuple):
         return {device.name for device in self.devices if not device.is_admin}
 
 
-# What is published.
-
-
 def dns_label(text: str, limit: int) -> str:
     """TEXT as a DNS label of at most LIMIT characters; if something had to be changed, a hash keeps it unique."""
     label = re.sub("[^a-z0-9-]+", "-", text.lower()).strip("-")
@@ -3916,20 +3911,15 @@ def slice_device(name: str, device: Slot | ClaimedDevice, domain: str, evicts: b
     if isinstance(device, Slot):
         resource, found = device.resource, device.device
         values: Document = {"resource": resource.name, "path": device_path(found), "slot": device.number, **found.facts}
-        if resource.pool:
-            values["pool"] = resource.name
-        if len(found.numa) == 1:
-            values["numaNode"] = found.numa[0]
+        values.update({"pool": resource.name} if resource.pool else {})
+        values.update({"numaNode": found.numa[0]} if len(found.numa) == 1 else {})
         taint = "" if not found.problem else "gone" if found.is_gone else "unhealthy"
     else:  # DeviceClasses select by its resource
         values, taint = {"resource": device.resource, "path": device.path}, "gone"
     attributes: Document = {}
     for key, value in values.items():
-        if isinstance(value, int):
-            attributes[key] = {"int": value}
-        else:
-            data = value.encode("utf-8", "backslashreplace")[:MAX_ATTRIBUTE_BYTES]
-            attributes[key] = {"string": data.decode("utf-8", "ignore")}
+        text = str(value).encode("utf-8", "backslashreplace")[:64].decode("utf-8", "ignore")  # a limit of the API
+        attributes[key] = {"int": value} if isinstance(value, int) else {"string": text}
     # NoSchedule: the scheduler gives it to no pod. NoExecute: the control plane also evicts the pods that have it.
     effect = "NoExecute" if evicts else "NoSchedule"
     taints = {"taints": [{"key": f"{domain}/{taint}", "effect": effect}]} if taint else {}
@@ -3937,13 +3927,6 @@ def slice_device(name: str, device: Slot | ClaimedDevice, domain: str, evicts: b
 
 
 SliceGroup = tuple[int, str]  # the devices of a slice: how many, and as JSON, which takes a tenth of the memory
-
-
-def split_into_slices(devices: Iterable[Document]) -> Iterator[SliceGroup]:
-    """DEVICES in groups, each as large as a slice may be."""
-    rest = iter(devices)
-    for group in iter(lambda: list(itertools.islice(rest, MAX_SLICE_DEVICES)), []):
-        yield len(group), json.dumps(group, sort_keys=True)
 
 
 def slice_name(node: str, domain: str, index: int) -> str:
@@ -3989,32 +3972,26 @@ class SliceCopy(NamedTuple):
 
 
 def read_slice(item: Document) -> SliceCopy:
-    """What is kept of the slice ITEM, of which the times of the taints go: the API server adds them."""
+    """What is kept of the slice ITEM."""
     metadata, pool, devices = item["metadata"], item["spec"]["pool"], item["spec"].get("devices", [])
-    for device in devices:
-        for taint in device.get("taints", ()):
-            taint.pop("timeAdded", None)
+    for taint in (taint for device in devices for taint in device.get("taints", ())):
+        taint.pop("timeAdded", None)  # which the API server adds
     digest = hash((pool["resourceSliceCount"], json.dumps(devices, sort_keys=True)))
     return SliceCopy(metadata.get("resourceVersion", ""), int(pool["generation"]), digest)
 
 
 def read_slices(answer: Document, domain: str, node: str) -> tuple[dict[str, SliceCopy], str]:
     """The slices in ANSWER, a list, that are of the driver DOMAIN and of NODE, by name; and where the list goes on."""
-    items = [
-        item for item in answer["items"] if (item["spec"]["driver"], item["spec"].get("nodeName")) == (domain, node)
-    ]
-    return {item["metadata"]["name"]: read_slice(item) for item in items}, answer["metadata"].get("continue", "")
-
-
-# What is prepared.
+    slices = {}
+    for item in answer["items"]:
+        if (item["spec"]["driver"], item["spec"].get("nodeName")) == (domain, node):
+            slices[item["metadata"]["name"]] = read_slice(item)
+    return slices, answer["metadata"].get("continue", "")
 
 
 def read_claim(document: Document, claim: PreparedClaim, domain: str, node: str) -> PreparedClaim | None:
     """CLAIM with the devices of the driver DOMAIN on NODE that it was allocated, each once for all of its requests;
-    None if DOCUMENT is another claim of its name.
-
-    A result for a request's alternative (request/alternative) is one for the request, as it is for the kubelet.
-    Raises AllocationError, and one of UNEXPECTED for what is no claim.
+    None if DOCUMENT is another claim of its name. Raises AllocationError, and one of UNEXPECTED for what is no claim.
     """
     if document["metadata"]["name"] != claim.name:
         raise ValueError("this is not the claim")
@@ -4025,6 +4002,7 @@ def read_claim(document: Document, claim: PreparedClaim, domain: str, node: str)
         raise AllocationError("FAILED_PRECONDITION", "the claim is not allocated")
     found: dict[str, ClaimedDevice] = {}
     for result in results:
+        # That for a request's alternative (request/alternative) is one for the request, as it is for the kubelet.
         request, name = result["request"].partition("/")[0], result["device"]
         if result["driver"] == domain:
             if result["pool"] != node:
@@ -4038,11 +4016,8 @@ def read_claim(document: Document, claim: PreparedClaim, domain: str, node: str)
 def prepare_devices(
     devices: Sequence[ClaimedDevice], slots: SlotsOfDra, host: HostDevices
 ) -> tuple[ClaimedDevice, ...]:
-    """DEVICES with what containers are given for them now.
-
-    A container gets all devices of a request, so they must not conflict and they share their env, like the slots of
-    one Allocate. Raises AllocationError.
-    """
+    """DEVICES with what containers are given for them now. A container gets all devices of a request, so they must not
+    conflict and they share their env, like the slots of one Allocate. Raises AllocationError."""
     for device in devices:
         if device.name not in slots:
             raise AllocationError("UNAVAILABLE", f'this node offers no device "{device.name}"')
@@ -4119,16 +4094,12 @@ def read_cdi_document(document: Document, domain: str) -> PreparedClaim:
     return PreparedClaim(uid, namespace, name, tuple(devices))
 
 
-# The API server.
-
-
 class ApiError(Exception):
-    """A request that failed: the reason in a sentence, the HTTP status (0: no answer), and what the API server says
-    that it does not have (resourceclaims/NAME), if it does."""
+    """A request that failed: the reason in a sentence, and the HTTP status (0: no answer)."""
 
-    def __init__(self, text: str, status: int = 0, missing: str = "") -> None:
+    def __init__(self, text: str, status: int = 0) -> None:
         super().__init__(text)
-        self.status, self.missing = status, missing
+        self.status = status
 
 
 def parse_api_url(url: str) -> tuple[bool, str, int, str]:
@@ -4187,7 +4158,7 @@ def api_problem(verb: str, path: str, status: int, message: str) -> str:
         return f'the service account lacks the right "{verb}" on "{kind}" (403){ending}'
     if status == 404 and kind == "nodes":
         return f"there is no Node {path.rpartition('/')[2]} (404); --node-name names the Node"
-    if status == 404 and verb in ("list", "create"):
+    if status == 404 and verb in ("get", "list", "create"):
         return f"the API server has no resource.k8s.io/v1 (404), which Kubernetes has since 1.34{ending}"
     reasons = {401: "does not accept the token", 409: "has another version by now", 429: "limits requests"}
     return f"the API server {reasons.get(status, 'fails')} ({status}) to {verb} {kind}{ending}"
@@ -4209,10 +4180,11 @@ class ApiServer:
         self._ca_file = ca_file
 
     async def call(
-        self, verb: str, path: str, body: Document | None = None, read: Reader | None = None, absent: int = 0
+        self, verb: str, path: str, body: Document | None = None, read: Reader | None = None, none_if: int = 0
     ) -> Any:
-        """What READ reads in the answer to VERB on PATH, its metadata if there is no READ, within 2 * API_SECONDS; None
-        if its status is ABSENT.
+        """What READ reads in the answer to VERB on PATH, its metadata if there is no READ, within 2 * API_SECONDS. None
+        if its status is NONE_IF; if that is 404, the answer must name PATH's object: a load balancer without a backend,
+        and an API server without resource.k8s.io/v1, answer 404, too.
 
         The API server decides what runs on the node anyway, so READ may trust the answer: whatever it raises because
         the answer is another one becomes an ApiError. Raises ApiError.
@@ -4220,20 +4192,20 @@ class ApiServer:
         status, document = await self._send(verb, path, body)
         if status == 401:  # the token was replaced while the request was on its way
             status, document = await self._send(verb, path, body)
-        if status == absent:
-            return None
-        is_good, message, missing = 200 <= status < 300, "", ""
-        try:
-            if is_good:
+        if 200 <= status < 300:
+            try:
                 return read(document) if read else document["metadata"]
-            message = str(document["message"])
-            if (status, document["kind"], document["reason"]) == (404, "Status", "NotFound"):
-                missing = f"{document['details']['kind']}/{document['details']['name']}"
-        except UNEXPECTED:
-            if is_good:
+            except UNEXPECTED:
                 text = f"the API server's answer to {verb} {path.partition('?')[0]} is not one; is it an API server?"
                 raise ApiError(text, status) from None
-        raise ApiError(api_problem(verb, path, status, message), status, missing)
+        message = missing = ""
+        with contextlib.suppress(*UNEXPECTED):
+            message = str(document.get("message", ""))
+            if (document["kind"], document["reason"]) == ("Status", "NotFound"):
+                missing = f"/{document['details']['kind']}/{document['details']['name']}"
+        if status == none_if and (status != 404 or (missing and path.endswith(missing))):
+            return None
+        raise ApiError(api_problem(verb, path, status, message), status)
 
     async def _send(self, verb: str, path: str, body: Document | None) -> ApiAnswer:
         """Send one request, and count it. Raises ApiError."""
@@ -4307,9 +4279,6 @@ def _connection_problem(error: OSError | RuntimeError, ca_file: str) -> str:
     return f"does not answer: {printable(reason)[:MAX_SHOWN]}"
 
 
-# The claims.
-
-
 class CdiFiles:
     """The CDI files of the driver DOMAIN in FOLDER, one per prepared claim. Other files are left alone.
 
@@ -4337,12 +4306,11 @@ class CdiFiles:
 
     def owner(self, uid: str) -> PreparedClaim | None:
         """The claim UID without its devices, as the link names it."""
-        try:
+        with contextlib.suppress(OSError):
             namespace, _, name = os.readlink(self.paths(uid)[1]).partition("/")
-        except OSError:
-            return None
-        is_named = all(map(_OBJECT_NAME.fullmatch, (namespace, name)))
-        return PreparedClaim(uid, namespace, name) if is_named else None
+            if all(map(_OBJECT_NAME.fullmatch, (namespace, name))):
+                return PreparedClaim(uid, namespace, name)
+        return None
 
     def read(self, uid: str) -> PreparedClaim:
         """The claim of the file of UID. Raises OSError, and one of UNEXPECTED."""
@@ -4352,10 +4320,8 @@ class CdiFiles:
         return claim
 
     def write(self, claim: PreparedClaim) -> bool:
-        """Have the file of CLAIM hold what it should, and read it back; whether it had to be written. Raises OSError.
-
-        Nobody sees it half written.
-        """
+        """Have the file of CLAIM hold what it should; whether it had to be written, and was read back. Raises
+        OSError."""
         content = json.dumps(cdi_document(claim, self._domain)).encode()
         if self._holds(claim, content):
             return False
@@ -4399,7 +4365,7 @@ class Claims:
     """
 
     PREPARE_SECONDS = 20.0  # the kubelet waits for 45 s, and after an error it asks again only 60 to 90 s later
-    RETRY_SECONDS = 1.0  # before the API server is asked again
+    RETRY_SECONDS = 1.0  # before the next try to prepare a claim
     LOG_SECONDS = 1.0  # between two groups of lines about CDI files that were written again
     # A pod that was deleted by force still has its device, though its claim is gone, until the kubelet has ended its
     # containers, for which they have 30 s by default. A kubelet that remembers the claim unprepares it then.
@@ -4408,8 +4374,9 @@ class Claims:
     def __init__(self, options: argparse.Namespace, api: ApiServer, host: HostDevices) -> None:
         self.prepared: dict[str, PreparedClaim] = {}  # by uid, as all of these are
         self.allocations: Counter[str] = Counter()  # slots that were prepared, by resource
-        self.plan: Plan | None = None
+        self._plan = EMPTY_PLAN
         self._slots: SlotsOfDra = {}  # those of the plan
+        self._is_stale = True  # what is prepared is to be derived again
         self.lost: dict[str, ClaimedDevice] = {}  # prepared devices that are gone and not in the plan, by name
         self._is_open = False
         self._unread: dict[str, set[str] | None] = {}  # files that cannot be read: their devices; None: unknown
@@ -4417,19 +4384,16 @@ class Claims:
         self._doubts: dict[str, float | None] = {}
         self._rewrites: Counter[str] = Counter()  # CDI files that were written again, which is not logged yet, by claim
         self._logged_at = -math.inf  # time.monotonic() when such were logged last
-        self._followed: Plan | None = None  # from which what is prepared was last derived
         self._options = options
         self._api = api
         self._host = host
         self._files = CdiFiles(options.cdi_dir, options.domain)
         self._change: asyncio.Future[None]  # done when what may have kept a claim from being prepared has changed
 
-    # -- the life of the driver ------------------------------------------------------------------------------------
-
     def open(self) -> None:
         """Take up what CDI files say, which another instance may have changed. Raises OSError."""
         self._change = asyncio.get_running_loop().create_future()
-        self._is_open, self._followed = True, None
+        self._is_open = self._is_stale = True
         self.prepared, self._unread, self._doubts = {}, {}, {}
         self._take_up()
 
@@ -4439,26 +4403,21 @@ class Claims:
             self._is_open = False
             self._notify()
 
-    def follow(self, plan: Plan, slots: SlotsOfDra) -> None:
-        """Have containers be given what PLAN, with these SLOTS, has from the next look on."""
-        self.plan, self._slots = plan, slots
-
-    def look(self) -> None:
-        """Have what is prepared follow from the plan and /dev, and the CDI files from that, whoever has changed them.
-
-        /dev is looked at as well, because the plan does not say when a device goes that it does not offer.
-        """
+    def look(self, plan: Plan, slots: SlotsOfDra) -> None:
+        """Have what is prepared follow from PLAN, its SLOTS and /dev (of devices that are not offered, the plan says
+        nothing), and the CDI files from that, whoever has changed them."""
         if not self._is_open:
             return
-        is_changed, self._followed, self.lost = self._followed is not self.plan, self.plan, {}
+        is_changed = self._is_stale or plan is not self._plan
+        self._is_stale, self._plan, self._slots, self.lost = False, plan, slots, {}
         for claim in list(self.prepared.values()):
             followed = [(device, *self._follow(device)) for device in claim.devices]
             self.lost.update((device.name, device) for device, slot, problem in followed if problem and not slot)
             is_changed |= any(device.problem != problem for device, _, problem in followed)
             try:
-                self._rewrite(self._refreshed(claim) if is_changed else claim)
+                self._rewrite(claim, is_changed)
             except AllocationError:
-                self._followed = None  # it went just now
+                self._is_stale = True  # it went just now
             except OSError as error:
                 self._log_not_written(claim, error)
         if self._rewrites and time.monotonic() - self._logged_at >= self.LOG_SECONDS:
@@ -4474,14 +4433,10 @@ class Claims:
     async def check(self) -> float:
         """Ask the API server about the claims that it may not have; after how many seconds to ask again. Raises
         ApiError."""
-        with contextlib.suppress(OSError):  # there will be another check
-            self._take_up()
         for uid in list(self._doubts):
             await self._check(uid)
         ends = [since + self.GONE_SECONDS - time.monotonic() for since in self._doubts.values() if since]
         return min(end for end in (*ends, COMPARE_SECONDS) if end > 0)
-
-    # -- what the kubelet asks for ---------------------------------------------------------------------------------
 
     async def prepare(self, claim: PreparedClaim, end: float) -> PreparedClaim:
         """Prepare the devices of CLAIM, and wait until END, of time.monotonic(), for what keeps it from being prepared.
@@ -4497,7 +4452,11 @@ class Claims:
                 self._take_up()
                 before = self.prepared.get(claim.uid)
                 if before:
-                    return self._prepare_again(before)
+                    before = self._rewrite(before)
+                    for device in before.devices:
+                        if device.problem:
+                            raise AllocationError("UNAVAILABLE", f"{device.path}: {device.problem}")
+                    return before
                 if not allocated:
                     allocated = await wait_bounded(self._read(claim), end - time.monotonic())
                 if not allocated:
@@ -4511,13 +4470,12 @@ class Claims:
             except asyncio.TimeoutError:
                 raise problem from None
             except AllocationError as error:
-                problem, may_pass, retry = error, error.code == "UNAVAILABLE", math.inf
+                problem, may_pass = error, error.code == "UNAVAILABLE"
             except ApiError as error:
-                may_pass = not 400 <= error.status < 500 or error.status in (404, 408, 429)
-                problem, retry = error, self.RETRY_SECONDS
+                problem, may_pass = error, not 400 <= error.status < 500 or error.status in (404, 408, 429)
             if not may_pass or time.monotonic() >= end:
                 raise problem
-            await asyncio.wait([change], timeout=min(retry, end - time.monotonic()))
+            await asyncio.wait([change], timeout=min(self.RETRY_SECONDS, end - time.monotonic()))
 
     def unprepare(self, uid: str, why: str = "its pod has ended") -> str:
         """Remove the CDI file of the claim UID, of which WHY is logged; why that failed, or an empty text."""
@@ -4537,17 +4495,6 @@ class Claims:
         self._notify()
         return ""
 
-    # -- one claim -------------------------------------------------------------------------------------------------
-
-    def _prepare_again(self, claim: PreparedClaim) -> PreparedClaim:
-        """CLAIM, which is prepared, with what a container is given now. Raises AllocationError and OSError."""
-        claim = self._refreshed(claim)
-        self._rewrite(claim)
-        for device in claim.devices:
-            if device.problem:
-                raise AllocationError("UNAVAILABLE", f"{device.path}: {device.problem}")
-        return claim
-
     def _prepare(self, claim: PreparedClaim) -> PreparedClaim:
         """Prepare CLAIM, as it was allocated. Raises AllocationError and OSError."""
         self._take_up()
@@ -4563,31 +4510,28 @@ class Claims:
             log_event("prepared", "prepared for a pod", claim=claim.full_name, devices=names)
         return claim
 
-    def _rewrite(self, claim: PreparedClaim) -> None:
-        """Remember CLAIM, which is prepared, as it is now, and have its CDI file be so. Raises OSError."""
-        self.prepared[claim.uid] = claim
+    def _rewrite(self, claim: PreparedClaim, is_changed: bool = True) -> PreparedClaim:
+        """CLAIM, which is prepared, with what a container is given for its devices now, if that IS_CHANGED. Its CDI
+        file becomes so. A device that new pods are not offered any more stays as it was. Raises AllocationError and
+        OSError."""
+        if is_changed:
+            followed = [(device, *self._follow(device)) for device in claim.devices]
+            offered = [device for device, slot, _ in followed if slot and not slot.device.problem]
+            fresh = {device.name: device for device in prepare_devices(offered, self._slots, self._host)}
+            devices = (fresh.get(old.name, old._replace(problem=problem)) for old, _, problem in followed)
+            claim = self.prepared[claim.uid] = claim._replace(devices=tuple(devices))
         if self._files.write(claim):
             self._rewrites[claim.full_name] += 1
+        board.set(claim.uid, "")
+        return claim
 
     def _log_not_written(self, claim: PreparedClaim, error: AllocationError | OSError) -> None:
         why = error.strerror if isinstance(error, OSError) else error
         text = f"cannot write {self._files.paths(claim.uid)[0]}: {why}"
         board.set(claim.uid, text, "cdi-file-not-rewritten", claim=claim.full_name)
 
-    def _refreshed(self, claim: PreparedClaim) -> PreparedClaim:
-        """CLAIM with what a container is given for its devices now. A device that new pods are not offered any more
-        stays as it was. Raises AllocationError."""
-        now, offered = [], []
-        for device in claim.devices:
-            slot, problem = self._follow(device)
-            now.append(device._replace(problem=problem))
-            if slot and not slot.device.problem:
-                offered.append(device)
-        fresh = {device.name: device for device in prepare_devices(offered, self._slots, self._host)}
-        return claim._replace(devices=tuple(fresh.get(device.name, device) for device in now))
-
     def _follow(self, device: ClaimedDevice) -> tuple[Slot | None, str]:
-        return follow_device(device, self.plan or EMPTY_PLAN, self._slots, self._options.dev_dir)
+        return follow_device(device, self._plan, self._slots, self._options.dev_dir)
 
     def _holders(self, claim: PreparedClaim) -> dict[str, str]:
         """The other claims that take, or may take, devices of CLAIM: by uid, a sentence that says so."""
@@ -4603,30 +4547,16 @@ class Claims:
         return found
 
     async def _read(self, claim: PreparedClaim) -> PreparedClaim | None:
-        """CLAIM with the devices of this driver that it was allocated; None if the API server says that there is no
-        such claim. Raises ApiError and AllocationError.
-
-        A load balancer without a backend, and an API server without resource.k8s.io/v1, answer 404 without saying so.
-        """
+        """CLAIM with the devices that it was allocated; None if there is no such claim. Raises ApiError and
+        AllocationError."""
         path = f"{_API}/namespaces/{claim.namespace}/resourceclaims/{claim.name}"
-        node = self._options.node_name
-        read = functools.partial(read_claim, claim=claim, domain=self._options.domain, node=node)
-        found: PreparedClaim | None = None
-        try:
-            found = await self._api.call("get", path, read=read)
-        except ApiError as error:
-            if error.missing != f"resourceclaims/{claim.name}":
-                raise
+        read = functools.partial(read_claim, claim=claim, domain=self._options.domain, node=self._options.node_name)
+        found: PreparedClaim | None = await self._api.call("get", path, read=read, none_if=404)
         return found
 
-    # -- all claims ------------------------------------------------------------------------------------------------
-
     def _take_up(self) -> None:
-        """Take up the CDI files that this instance has not written. Raises OSError, and AllocationError once closed.
-
-        They are looked for again and again, because an instance that does not know yet that this one serves may have
-        written one: its device must not be given again.
-        """
+        """Take up the CDI files that this instance has not written: one that does not know yet that this one serves
+        may have written them at any time. Raises OSError, and AllocationError once closed."""
         if not self._is_open:
             text = "this instance of the driver has ended; the next one will do it"  # and must know of it
             raise AllocationError("FAILED_PRECONDITION", text)
@@ -4647,17 +4577,13 @@ class Claims:
 
     async def _check(self, uid: str) -> None:
         """Drop the claim UID if the API server has said GONE_SECONDS ago, too, that it does not exist. If it does, and
-        its file cannot be read, write the file. Raises ApiError.
-
-        The slices are listed because an API server without them has no claims either.
-        """
+        its file cannot be read, write the file. Raises ApiError."""
         claim = self.prepared.get(uid) or self._files.owner(uid)
         if not claim:
-            self._doubts.pop(uid, None)
             return
         try:
             allocated = await self._read(claim)
-            if allocated is None:
+            if allocated is None:  # an API server without slices has no claims either
                 await self._api.call("list", f"{_API}/resourceslices?limit=1", read=lambda document: document["items"])
                 since = self._doubts.get(uid) or time.monotonic()
                 self._doubts[uid] = since
@@ -4679,9 +4605,6 @@ class Claims:
         """Wake the claims that wait."""
         self._change.set_result(None)
         self._change = self._change.get_loop().create_future()
-
-
-# The slices and the classes.
 
 
 class Publisher:
@@ -4719,7 +4642,10 @@ class Publisher:
 
     def want(self, devices: Iterable[Document], resources: Sequence[str]) -> None:
         """Have the slices hold DEVICES, and a class for each of RESOURCES, from now on."""
-        self._wanted, self._resources = list(split_into_slices(devices)), resources
+        rest = iter(devices)
+        groups = iter(lambda: list(itertools.islice(rest, MAX_SLICE_DEVICES)), [])
+        self._wanted = [(len(group), json.dumps(group, sort_keys=True)) for group in groups]
+        self._resources = resources
         self.refresh()
 
     def refresh(self) -> None:
@@ -4756,11 +4682,10 @@ class Publisher:
         """Make the slices what is wanted. They are listed a few at a time."""
         query = f"fieldSelector=spec.nodeName%3D{self._node}%2Cspec.driver%3D{self._domain}&limit={self.SLICES_AT_ONCE}"
         read = functools.partial(read_slices, domain=self._domain, node=self._node)
-        wanted, copies, rest, is_first = self._wanted, {}, "", True
-        while rest or is_first:
+        wanted, (copies, rest) = self._wanted, await self._api.call("list", f"{_API}/resourceslices?{query}", read=read)
+        while rest:
             more, rest = await self._api.call("list", f"{_API}/resourceslices?{query}&continue={rest}", read=read)
             copies.update(more)
-            is_first = False
         if copies != self._copies or wanted != self.published:  # if the former, somebody else has changed them
             await self._replace(copies, wanted)
         self.published, self._copies, self.published_at = wanted, copies, time.time()
@@ -4783,12 +4708,11 @@ class Publisher:
             await self._api.call("delete", f"{path}/{name}")
             del copies[name]
         for body in resource_slices(self._domain, self._node, node["uid"], generation, wanted):
-            name = body["metadata"]["name"]
+            name, verb, place = body["metadata"]["name"], "create", path
             if name in copies:
                 body["metadata"]["resourceVersion"] = copies[name].version
-                copies[name] = await self._api.call("update", f"{path}/{name}", body, read=read_slice)
-            else:
-                copies[name] = await self._api.call("create", path, body, read=read_slice)
+                verb, place = "update", f"{path}/{name}"
+            copies[name] = await self._api.call(verb, place, body, read=read_slice)
         count = pluralize(sum(number for number, _ in wanted), "device")
         sentence = f"published {count} in {pluralize(len(wanted), 'ResourceSlice')}"
         log_event("published", sentence, generation=generation)
@@ -4800,14 +4724,11 @@ class Publisher:
             name = body["metadata"]["name"]
             if time.monotonic() - self._made.get(name, -math.inf) < self.CLASS_SECONDS:
                 continue
-            is_missing = await self._api.call("get", f"{path}/{name}", absent=404) is None
-            if is_missing and await self._api.call("create", path, body, absent=409):
+            is_missing = await self._api.call("get", f"{path}/{name}", none_if=404) is None
+            if is_missing and await self._api.call("create", path, body, none_if=409):
                 log_event("class-made", "made a DeviceClass", name=name)  # with 409, another node has just made it
             self._made[name] = time.monotonic()
         return self.CLASS_SECONDS
-
-
-# The driver.
 
 
 def dra_sockets(options: argparse.Namespace) -> tuple[str, str]:
@@ -4865,15 +4786,14 @@ class DraPlugin:
         if kubelet:
             self.restarts += self._kubelet not in (None, kubelet)
             self._kubelet = kubelet
-        if not self.is_registered:
-            if time.monotonic() - self._served_since > REGISTER_SECONDS and not board.get("driver"):
-                board.set("driver", "the kubelet has not registered the driver; waiting for it", "kubelet-gone")
-        elif self._registrar in (None, kubelet):  # one that never answered on its socket may be there
+        if self.is_registered and self._registrar in (None, kubelet):  # None: it never answered on its socket
             self._registrar = kubelet
             board.set("driver", "")
-        else:
+        elif self.is_registered:
             self.is_registered = False
             board.set("driver", f"the kubelet no longer answers on {path}; waiting for it", "kubelet-gone")
+        elif time.monotonic() - self._served_since > REGISTER_SECONDS and not board.get("driver"):
+            board.set("driver", "the kubelet has not registered the driver; waiting for it", "kubelet-gone")
 
     @answered
     async def GetInfo(self, request: pb.InfoRequest, context: grpc.aio.ServicerContext) -> pb.PluginInfo:
@@ -4900,9 +4820,9 @@ class DraPlugin:
     ) -> pb.NodePrepareResourcesResponse:
         end = time.monotonic() + self._claims.PREPARE_SECONDS
         claims = [PreparedClaim(claim.uid, claim.namespace, claim.name) for claim in request.claims]
-        tasks = [self._claims.prepare(claim, end) for claim in claims]
+        answers = await asyncio.gather(*(self._claims.prepare(claim, end) for claim in claims), return_exceptions=True)
         response = pb.NodePrepareResourcesResponse()
-        for claim, prepared in zip(claims, await asyncio.gather(*tasks, return_exceptions=True)):
+        for claim, prepared in zip(claims, answers):
             entry = response.claims[claim.uid]
             if isinstance(prepared, PreparedClaim):
                 board.set(claim.uid, "")
@@ -4925,9 +4845,9 @@ class DraPlugin:
         self, request: pb.NodeUnprepareResourcesRequest, context: grpc.aio.ServicerContext
     ) -> pb.NodeUnprepareResourcesResponse:
         response = pb.NodeUnprepareResourcesResponse()
-        for claim in request.claims:
-            problem = self._claims.unprepare(claim.uid)
-            response.claims[claim.uid].error = f"{self.full_name}: {problem}" if problem else ""
+        for uid in (claim.uid for claim in request.claims):
+            problem = self._claims.unprepare(uid)
+            response.claims[uid].error = f"{self.full_name}: {problem}" if problem else ""
         return response
 
 
@@ -4945,6 +4865,7 @@ class DraSide(KubeletSide):
         self._claims = Claims(options, self._api, host)
         self._publisher = Publisher(self._api, options.node_name, self.domain, self._claims.check)
         self._plugin = DraPlugin(options, self._claims, self._publisher.refresh)
+        self._plan: Plan | None = None
         self._gone_since: Mapping[str, float] = {}  # time.monotonic(), by name of a device in the slices
         self._wanted_from: tuple[object, ...] = ()  # what the slices were last derived from
         self._is_standby = False  # another instance serves the driver
@@ -4957,36 +4878,29 @@ class DraSide(KubeletSide):
         return True  # nothing waits for a kubelet, which registers the driver by itself
 
     async def _check(self) -> None:
-        """Check the driver's sockets, that of the kubelet, and the CDI files."""
-        if self._claims.plan:  # until then, nobody knows what to publish
-            await self._check_sockets()
-            self._plugin.check_kubelet()
-            self._claims.look()
-            self._publish()
-
-    def apply(self, plan: Plan) -> None:
-        """Publish PLAN, and have the CDI files name the nodes that their devices have now."""
-        self.slots = slots_by_device_name(plan)
-        self._claims.follow(plan, self.slots)
-        self.check_now()
-
-    def _publish(self) -> None:
-        """Publish what is offered, and the prepared devices that are gone and not offered. If another device has the
-        name of one by now, it must wait."""
-        now, plan, lost = time.monotonic(), self._claims.plan, self._claims.lost
+        """Check the driver's sockets, that of the kubelet, and the CDI files, and publish what is offered, and the
+        prepared devices that are gone and not offered. If another device has the name of one by now, it must wait."""
+        if not self._plan:  # until then, nobody knows what to publish
+            return
+        await self._check_sockets()
+        self._plugin.check_kubelet()
+        self._claims.look(self._plan, self.slots)
+        now, lost = time.monotonic(), self._claims.lost
         since_when = {name: slot.device.since for name, slot in self.slots.items() if slot.device.is_gone}
         since_when.update((name, self._gone_since.get(name, now)) for name in lost)
         self._gone_since = since_when
         evicted = {name for name, since in since_when.items() if now - since >= self._options.gone_grace}
-        wanted_from = (plan, lost.keys(), evicted)
-        if wanted_from == self._wanted_from:
-            return
-        self._wanted_from = wanted_from
-        wanted: dict[str, Slot | ClaimedDevice] = {**self.slots, **lost}
-        devices = (slice_device(name, device, self.domain, name in evicted) for name, device in wanted.items())
-        self._publisher.want(devices, list(plan.resources if plan else ()))
+        wanted_from = (self._plan, lost.keys(), evicted)
+        if wanted_from != self._wanted_from:
+            self._wanted_from = wanted_from
+            wanted: dict[str, Slot | ClaimedDevice] = {**self.slots, **lost}
+            devices = (slice_device(name, device, self.domain, name in evicted) for name, device in wanted.items())
+            self._publisher.want(devices, list(self._plan.resources))
 
-    # -- what the status document says -----------------------------------------------------------------------------
+    def apply(self, plan: Plan) -> None:
+        """Publish PLAN, and have the CDI files name the nodes that their devices have now."""
+        self._plan, self.slots = plan, slots_by_device_name(plan)
+        self.check_now()
 
     @property
     def problem(self) -> str:
@@ -5007,7 +4921,6 @@ class DraSide(KubeletSide):
     def describe(self) -> Document:
         """The parts of the status document about the kubelet and about DRA."""
         api, plugin, publisher = self._api, self._plugin, self._publisher
-        claims = self._claims.prepared.values()
         dra = {
             "problem": self.problem,
             "registered": plugin.is_registered,
@@ -5018,17 +4931,15 @@ class DraSide(KubeletSide):
             "api_server": api.url,
             "api_reachable": not api.problem,
             "api_requests": [{"verb": verb, "code": code, "count": n} for (verb, code), n in api.requests.items()],
-            "claims_prepared": len(claims),
+            "claims_prepared": len(self._claims.prepared),
             "claims": [
                 {"namespace": claim.namespace, "name": claim.name, "devices": [device.path for device in claim.devices]}
-                for claim in claims
+                for claim in self._claims.prepared.values()
             ],
             "prepare_errors": plugin.prepare_errors,
         }
         kubelet = {"answering": plugin.is_registered, "restarts": plugin.restarts, "plugin_dir": self.plugin_dir}
         return {"kubelet": kubelet, "dra": dra}
-
-    # -- the sockets -----------------------------------------------------------------------------------------------
 
     async def _check_sockets(self) -> None:
         """Serve the driver unless another instance does, and serve it again if a socket file was replaced."""
@@ -5037,30 +4948,27 @@ class DraSide(KubeletSide):
             await self._end()
         if self._servers:
             return
+        sockets, self._is_standby = dra_sockets(self._options), False
+        problem = f"another instance serves the driver {self.domain}; waiting for its end"
         try:
-            for path in dra_sockets(self._options):
+            for path in sockets:
                 os.makedirs(os.path.dirname(path), 0o750, exist_ok=True)
-            self._is_standby = not all(map(self._leases.take, dra_sockets(self._options)))
+            self._is_standby = not all(map(self._leases.take, sockets))
             if not self._is_standby:
-                return await self._serve()
-            problem = f"another instance serves the driver {self.domain}; waiting for its end"
+                for path in sockets:
+                    self._servers.append(UnixServer(path, self._plugin.add_to))
+                    await self._servers[-1].start()
+                    self._servers[-1].publish()
+                # Nothing is awaited from here on until all is checked; only then are the kubelet's calls answered.
+                self._claims.open()
+                self._plugin.note_sockets(True)
+                self._publishing = asyncio.ensure_future(self._publisher.run())
+                self._publishing.add_done_callback(self._fail_with)
+                return
         except OSError as error:
-            self._is_standby = False
             problem = f"cannot serve in {error.filename or self._options.kubelet_dir}: {error.strerror}"
         await self._end()
         board.set("driver", problem, "not-served")
-
-    async def _serve(self) -> None:
-        """Listen, take up what is prepared, and publish. Raises OSError."""
-        for path in dra_sockets(self._options):
-            self._servers.append(UnixServer(path, self._plugin.add_to))
-            await self._servers[-1].start()
-            self._servers[-1].publish()
-        # Nothing is awaited from here on until run() has looked at all, and only then are the kubelet's calls answered.
-        self._claims.open()
-        self._plugin.note_sockets(True)
-        self._publishing = asyncio.ensure_future(self._publisher.run())
-        self._publishing.add_done_callback(self._fail_with)
 
     async def _end(self) -> None:
         """Stop to serve and to publish. The slices stay for the next instance, which may serve before this returns."""
@@ -5931,10 +5839,10 @@ def check_length(path: str, too_long: int, advice: str) -> None:
 
 def check_dra(options: argparse.Namespace) -> str:
     """The directory of the DRA driver, which is made. Raises Problem if OPTIONS do not allow one."""
-    if len(options.domain) > MAX_DRIVER_NAME or not options.domain[0].isalpha():
+    if len(options.domain) > 63 or not options.domain[0].isalpha():
         raise Problem(
             f"with --api dra, the domain is the name of the driver, which must begin with a letter and have at most "
-            f"{MAX_DRIVER_NAME} characters; {options.domain} does not"
+            f"63 characters; {options.domain} does not"
         )
     if not _OBJECT_NAME.fullmatch(options.node_name):
         raise Problem(f'--node-name: "{options.node_name}" is not the name of a Node; kubectl get nodes shows them')
