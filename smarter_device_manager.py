@@ -468,35 +468,37 @@ class Expression:
     is not tried again with the same text.
     """
 
-    were_slow = False  # whether searches for several expressions took too long together: then each gets its own limit
-    slow_texts: frozenset[str] = frozenset()  # those in which a search took too long
     MAX_SLOW_TEXTS = 1000  # with more, all but the newest are forgotten
     MAX_FASTER = 20  # the more searches took too long, the less time the next one gets: down to this part of it
+    were_slow = False  # whether searches for several expressions took too long together: then each gets its own limit
 
     def __init__(self, pattern: str) -> None:
         """Raises ExpressionError."""
         self.pattern = pattern
         try:
-            self.compiled = re.compile(_Translator(pattern).result(), re.ASCII)
+            translator = _Translator(pattern)
+            text = translator.group().text + pattern[translator.pos :]  # re refuses a ")" too many
+            self.compiled = re.compile(text, re.ASCII)
         except ExpressionError as error:
             raise ExpressionError(f"{_shown(pattern)}: {error}") from None
         except (re.error, ValueError, OverflowError, RecursionError) as error:
             problem = getattr(error, "msg", "") or "it is too large"
             raise ExpressionError(f"{_shown(pattern)} is not a regular expression: {problem}") from None
+        self.slow_texts: set[str] = set()  # those in which a search took too long
 
     def search(self, text: str, whole: bool = False) -> re.Match[str] | SearchTimeout | None:
         """What is found in TEXT, or, if it must match as a WHOLE, whether it does."""
-        if text in self.slow_texts:
-            return SearchTimeout()
         find = self.compiled.fullmatch if whole else self.compiled.search
         seconds = SEARCH_SECONDS / min(1 + len(self.slow_texts), self.MAX_FASTER)
-        try:
-            return ALARM.limit(lambda: find(text), seconds)
-        except SearchTimeout as timeout:
-            others = self.slow_texts if len(self.slow_texts) < self.MAX_SLOW_TEXTS else ()
-            self.slow_texts = frozenset([*others, text])
-            time.sleep(seconds)
-            return timeout.with_traceback(None)
+        if text not in self.slow_texts:
+            try:
+                return ALARM.limit(lambda: find(text), seconds)
+            except SearchTimeout:
+                if len(self.slow_texts) == self.MAX_SLOW_TEXTS:
+                    self.slow_texts.clear()
+                self.slow_texts.add(text)
+                time.sleep(seconds)
+        return SearchTimeout()
 
 
 def search_all(expressions: Sequence[Expression], text: str) -> Sequence[re.Match[str] | SearchTimeout | None]:
@@ -571,6 +573,17 @@ class _Part(NamedTuple):
     may_be_empty: bool  # it can match without consuming a character
     may_take: bool  # it can match and consume one
 
+    def repeat(self, token: re.Match[str]) -> _Part:
+        """It repeated as TOKEN says, which is one of * + ? {n} {n,} {n,m}, or one of these and a ?."""
+        least, comma, most = {"*": "0,", "+": "1,", "?": "0,1"}.get(token[0][0], token["count"]).partition(",")
+        may_differ = comma and (not most or int(most) - int(least) > 1)  # in how often it is repeated
+        if self.may_be_empty and self.may_take and may_differ:
+            remedy = "make it match at least one character, such as (a+)* for (a*)*"
+            problem = "repeats something that may be empty, which Go and Python handle differently"
+            raise ExpressionError(f"{token[0]} {problem}; {remedy}")
+        text = self.text if self.may_take else f"(?:{self.text})"  # re cannot repeat an assertion as it stands
+        return _Part(text + token[0], self.may_be_empty or least == "0", self.may_take)
+
 
 class _Translator:
     """Translates a pattern for Go's RE2 to an expression of Python's re that means the same with re.ASCII.
@@ -585,9 +598,6 @@ class _Translator:
         self.pattern = pattern
         self.pos = 0
         self.flags: frozenset[str] = frozenset()  # those of i, m and s that are on
-
-    def result(self) -> str:
-        return self.group().text + self.pattern[self.pos :]  # re refuses a ")" too many
 
     def next(self) -> str:
         return self.pattern[self.pos : self.pos + 1]
@@ -625,7 +635,7 @@ class _Translator:
                 if not is_repeatable:
                     remedy = rf"for the character itself, write \{token[0][0]}"
                     raise ExpressionError(f"there is nothing before {token[0]} to repeat; {remedy}")
-                parts[-1] = _repeat(parts[-1], token)
+                parts[-1] = parts[-1].repeat(token)
             elif token["assertion"]:
                 is_of_lines = "m" in self.flags and token[0] in "^$"
                 parts.append(_Part(f"(?m:{token[0]})" if is_of_lines else _ASSERTIONS[token[0]], True, False))
@@ -700,19 +710,6 @@ class _Translator:
         return re.escape(char)
 
 
-def _repeat(part: _Part, token: re.Match[str]) -> _Part:
-    """PART repeated as TOKEN says, which is one of * + ? {n} {n,} {n,m}, or one of these and a ?."""
-    least, comma, most = {"*": "0,", "+": "1,", "?": "0,1"}.get(token[0][0], token["count"]).partition(",")
-    may_differ = comma and (not most or int(most) - int(least) > 1)  # in how often it is repeated
-    if part.may_be_empty and part.may_take and may_differ:
-        raise ExpressionError(
-            f"{token[0]} repeats something that may be empty, which Go and Python handle differently; "
-            f"make it match at least one character, such as (a+)* for (a*)*"
-        )
-    text = part.text if part.may_take else f"(?:{part.text})"  # re cannot repeat an assertion as it stands
-    return _Part(text + token[0], part.may_be_empty or least == "0", part.may_take)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Rules: from the text of a config file to checked rules. A new key takes one more field of Rule, with its reader. The
 # chapters below rely on every Rule being valid: expanding its templates cannot fail.
@@ -740,9 +737,9 @@ class Attribute(NamedTuple):
     name: str
     match: Expression
 
-    def fits(self, value: str) -> bool:
-        """Whether VALUE matches. A search that takes too long counts as no."""
-        return isinstance(self.match.search(value, whole=True), re.Match)
+    def fits(self, values: Mapping[str, str]) -> bool:
+        """Whether its value in VALUES, by name, matches. A search that takes too long counts as no."""
+        return self.name in values and isinstance(self.match.search(values[self.name], whole=True), re.Match)
 
 
 @dataclass(frozen=True)
@@ -784,21 +781,11 @@ def expand(template: str, match: re.Match[str], values: Mapping[str, str]) -> st
 
     def replacement(found: re.Match[str]) -> str:
         if not found["attribute"]:
-            return match[_group(found)] or ""
+            return match.expand(found[0])
         value = re.sub(r"[^A-Za-z0-9_.-]", "_", values[found["attribute"]])
         return value if value.strip(".") else "_" * len(value)
 
     return _REFERENCE.sub(replacement, template)
-
-
-def attributes_in(template: str) -> tuple[str, ...]:
-    """The names of the sysfs attributes that TEMPLATE refers to."""
-    return tuple(dict.fromkeys(found["attribute"] for found in _REFERENCE.finditer(template) if found["attribute"]))
-
-
-def _group(reference: re.Match[str]) -> int | str:
-    name = reference["number"] or reference["group"]
-    return int(name) if name.isdecimal() else name
 
 
 # Readers: from a node of the config file to a field of Rule or Companion. Each raises ConfigError at the node's place.
@@ -878,19 +865,16 @@ class _RuleReader:
         text = _text(node)
         if "\0" in text:
             raise _wrong(node, "a text without NUL")
-        groups = {*range(self.match.compiled.groups + 1), *self.match.compiled.groupindex}
+        groups = {*map(str, range(self.match.compiled.groups + 1)), *self.match.compiled.groupindex}
         for reference in _REFERENCE.finditer(text):
-            problem = ""
             if reference["wrong"] is not None:
                 remedy = r"write a group of devicematch or an attribute: \1, \g<name>, \g<attr:serial>"
-                problem = f"after a backslash, {remedy}"
-            elif reference["attribute"]:
+                raise node.error(f"{_shown(text)}: after a backslash, {remedy}")
+            if reference["attribute"]:
                 _check_attribute(reference["attribute"], node)
                 self.values[reference["attribute"]] = None
-            elif _group(reference) not in groups:
-                problem = f"devicematch has no group {reference[0]}"
-            if problem:
-                raise node.error(f"{_shown(text)}: {problem}")
+            elif (reference["number"] or reference["group"]) not in groups:
+                raise node.error(f"{_shown(text)}: devicematch has no group {reference[0]}")
         return text
 
     def resource(self, node: Node) -> str:
@@ -1080,6 +1064,14 @@ SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of these, an error does n
 SYSFS_HANGS = "sysfs does not answer"
 NO_ATTRIBUTES_YET = f"{SYSFS_HANGS}, so its attributes cannot be read"
 USB_FACTS = ("idVendor", "idProduct", "serial", "manufacturer", "product")  # of a USB device, for DRA
+MAX_LINKS = 40  # that one path may lead through, as in path_resolution(7)
+# By the letter of ls(1).
+_KINDS = {"c": CHAR, "b": BLOCK, "d": FOLDER, "l": LINK, "-": "plain file", "s": "socket", "p": "FIFO"}
+
+Tree = Union["Snapshot", "LiveTree"]  # what resolve() walks over
+Names = tuple[str, ...]  # of sysfs attributes
+Values = Mapping[str, str]  # of sysfs attributes, by name
+Chain = Sequence[Values]  # what sysfs says of a device: the attributes in its own folder first, then its parents'
 
 
 class Reason(enum.Enum):
@@ -1124,6 +1116,10 @@ class NotADevice(Exception):
         self.reason = reason
 
 
+class Misfit(NotADevice):
+    """A rule names a path, but does not choose the device there, so an earlier rule may."""
+
+
 class Entry(NamedTuple):
     """One name below /dev, as lstat(2) shows it. Two entries that are equal are one node: in devtmpfs and tmpfs, which
     /dev is on a real node, no inode number is given twice."""
@@ -1141,9 +1137,6 @@ class DeviceNode(NamedTuple):
     path: str  # below /dev, free of links
     suffix: str  # what follows the name that was resolved: "" or, in a folder, "/controlC0"
     entry: Entry
-
-
-Tree = Union["Snapshot", "LiveTree"]  # what resolve() walks over
 
 
 @dataclass(frozen=True)
@@ -1195,9 +1188,6 @@ def resolve(tree: Tree, path: str, dev_dir: str) -> list[DeviceNode]:
     return nodes
 
 
-MAX_LINKS = 40  # that one path may lead through, as in path_resolution(7)
-
-
 def _real_path(tree: Tree, path: str, dev_dir: str) -> str:
     """PATH with its links followed, as path_resolution(7) has it, but inside /dev. Raises NotADevice."""
     todo = path.split("/")[::-1]
@@ -1235,62 +1225,41 @@ def _real_path(tree: Tree, path: str, dev_dir: str) -> str:
     return "/".join(done)
 
 
-# What sysfs says of a device: the attributes in its own folder, value by name, then those in its parents' folders.
-Chain = Sequence[Mapping[str, str]]
-Names = tuple[str, ...]  # of attributes
-Values = Mapping[str, str]  # of attributes, by name
-
-
-class Fit(NamedTuple):
-    """How a rule fits a device."""
-
-    held: Mapping[str, str] = {}  # of the attributes that it asks for
-    values: Mapping[str, str] = {}  # of the attributes in its templates
-    problem: NotADevice | None = None  # why its templates cannot be expanded
-
-
-def fit(rule: Rule, chains: Iterable[Chain | None]) -> Fit:
-    """How RULE fits a device whose nodes have CHAINS, of which one is None while sysfs does not answer. It is enough if
-    RULE fits one of the nodes.
+def fit(rule: Rule, chains: Iterable[Chain | None]) -> tuple[Values, Values]:
+    """The values of the attributes that RULE asks for, and of those in its templates, of a device whose nodes have
+    CHAINS, of which one is None while sysfs does not answer. It is enough if RULE fits one of the nodes.
 
     The node itself, or a single one of its parents, must have all attributes, like ATTRS in udev(7). The values in
-    templates are from the same folder, else from the node's own, else from the nearest parent's. Raises NotADevice if
-    RULE does not fit.
+    templates are from the same folder, else from the node's own, else from the nearest parent's. Raises Misfit if RULE
+    does not fit, and another NotADevice if only its templates cannot be expanded.
     """
     if not rule.attributes and not rule.values:
-        return Fit()
-    fits, problems = [], []
+        return {}, {}
+    problems: list[NotADevice] = []
     for chain in chains:
         if chain is None:
-            problems.append(NotADevice(Reason.ATTRIBUTES, why=NO_ATTRIBUTES_YET))
+            kind = Misfit if rule.attributes else NotADevice
+            problems.append(kind(Reason.ATTRIBUTES, why=NO_ATTRIBUTES_YET))
             continue
-        chosen = next((folder for folder in chain if _has_all(folder, rule.attributes)), None)
+        chosen = next((folder for folder in chain if all(item.fits(folder) for item in rule.attributes)), None)
         if chosen is None:
             problems.append(_describe_misfit(rule.attributes, chain))
             continue
-        values, missing = {}, []
+        values: dict[str, str] = {}
+        missing = []
         for name in rule.values:
-            values[name] = next(iter(values_of([chosen, *chain], name)), "")
-            if not values_of(chain, name):
-                missing.append(rf"its {name} is not there (asked for: \g<attr:{name}>)")
-            elif len(values[name]) > MAX_VALUE:
-                missing.append(rf"its {name} is longer than {MAX_VALUE} characters (asked for: \g<attr:{name}>)")
-        held = {item.name: chosen[item.name] for item in rule.attributes}
+            found = values_of([chosen, *chain], name)
+            values.update((name, value) for value in found[:1])
+            if not found or len(found[0]) > MAX_VALUE:
+                state = f"longer than {MAX_VALUE} characters" if found else "not there"
+                missing.append(rf"its {name} is {state} (asked for: \g<attr:{name}>)")
         if not missing:
-            return Fit(held, values)
-        fits.append(Fit(held, values, NotADevice(Reason.ATTRIBUTES, why="; ".join(missing))))
-    if not fits and not rule.attributes:
-        fits = [Fit(problem=problem) for problem in problems]
-    if not fits:
-        raise next(iter(problems), NotADevice(Reason.NO_ATTRIBUTES))
-    return fits[0]
+            return {item.name: chosen[item.name] for item in rule.attributes}, values
+        problems.append(NotADevice(Reason.ATTRIBUTES, why="; ".join(missing)))
+    raise min(problems, key=lambda each: isinstance(each, Misfit), default=Misfit(Reason.NO_ATTRIBUTES))
 
 
-def _has_all(values: Values, attributes: Iterable[Attribute]) -> bool:
-    return all(item.name in values and item.fits(values[item.name]) for item in attributes)
-
-
-def _describe_misfit(attributes: Iterable[Attribute], chain: Chain) -> NotADevice:
+def _describe_misfit(attributes: Iterable[Attribute], chain: Chain) -> Misfit:
     """What the device with CHAIN has instead of ATTRIBUTES."""
     slow, others = [], []
     for name, match in attributes:
@@ -1299,23 +1268,23 @@ def _describe_misfit(attributes: Iterable[Attribute], chain: Chain) -> NotADevic
             slow.append(f'{TOOK_TOO_LONG} for its {name}, "{value}": {match.pattern}')
         shown = " or ".join(f'"{value}"' for value in values) or "not there"
         others.append(f"its {name} is {shown} (asked for: {match.pattern})")
-    return NotADevice(Reason.PATTERN_TIMEOUT if slow else Reason.ATTRIBUTES, why="; ".join(slow + others))
+    return Misfit(Reason.PATTERN_TIMEOUT if slow else Reason.ATTRIBUTES, why="; ".join(slow + others))
 
 
-def numa_of(chain: Chain) -> int | None:
-    """The NUMA node that the device with CHAIN is close to; None if there is none."""
-    known = (int(value) for value in values_of(chain, "numa_node") if value.isdecimal() and value.isascii())
-    return next((numa for numa in known if numa < 1 << 63), None)  # NUMANode.ID of the device plugin API is an int64
-
-
-def facts_of(chain: Chain) -> Values:
-    """What DRA publishes of the device with CHAIN. Its driver and its USB device are those of the nearest parent that
-    has one."""
-    usb_device = next((folder for folder in chain if folder.get("idVendor")), {})
-    driver = next(iter(values_of(chain, "driver")), None)
-    facts = {"subsystem": chain[0].get("subsystem") if chain else None, "driver": driver}
-    facts.update((name, usb_device.get(name)) for name in USB_FACTS)
-    return {name: value for name, value in facts.items() if value}
+def describe_device(chains: Sequence[Chain]) -> tuple[tuple[int, ...], Values]:
+    """The NUMA nodes that the device whose nodes have CHAINS is close to, and what DRA publishes of it: that on which
+    its nodes agree. The driver and the USB device of a node are those of the nearest parent that has one."""
+    numa: set[int] = set()
+    facts: list[dict[str, str | None]] = []
+    for chain in chains:
+        known = (int(value) for value in values_of(chain, "numa_node") if value.isdecimal() and value.isascii())
+        numa.update([each for each in known if each < 1 << 63][:1])  # NUMANode.ID of the device plugin API is an int64
+        usb_device = next((folder for folder in chain if folder.get("idVendor")), {})
+        facts.append({"subsystem": chain[0].get("subsystem"), "driver": next(iter(values_of(chain, "driver")), None)})
+        facts[-1].update((name, usb_device.get(name)) for name in USB_FACTS)
+    first = facts[0] if facts else {}
+    agreed = {name: value for name, value in first.items() if value and all(each[name] == value for each in facts)}
+    return tuple(sorted(numa)), agreed
 
 
 def find_changes(chain: Chain, before: Values) -> str:
@@ -1331,10 +1300,6 @@ def find_changes(chain: Chain, before: Values) -> str:
 def values_of(chain: Chain, name: str) -> list[str]:
     """The values that the attribute NAME has in the folders of CHAIN that have it."""
     return [folder[name] for folder in chain if name in folder]
-
-
-# By the letter of ls(1).
-_KINDS = {"c": CHAR, "b": BLOCK, "d": FOLDER, "l": LINK, "-": "plain file", "s": "socket", "p": "FIFO"}
 
 
 def _entry(found: os.stat_result, root: os.stat_result, path: str, target: str = "") -> Entry:
@@ -1466,11 +1431,10 @@ class Scanner:
         old, self._listings = self._listings, listings
         if old.keys() != listings.keys() or any(old[path].entries is not listings[path].entries for path in old):
             entries = {"": _entry(root, root, f"{self._dev_dir}/.")}
-            for path, listing in listings.items():
-                entries.update((path + name, entry) for name, entry in listing.entries.items())
-            for path, listing in listings.items():
+            for path, listing in listings.items():  # each folder comes after the one that it is in
                 if not listing.stamp:
                     entries[path[:-1]] = entries[path[:-1]]._replace(kind="folder that cannot be listed")
+                entries.update((path + name, entry) for name, entry in listing.entries.items())
             folders = {path[:-1]: sorted(listing.entries) for path, listing in listings.items()}
             self._snapshot = Snapshot(entries, folders)
         return self._snapshot
@@ -1549,8 +1513,8 @@ class Sysfs:
         if EVERYTHING. Returns whether a chain has changed."""
         now = time.monotonic()
         if wanted is not self._wanted:
-            same = {node for node in self.chains if wanted.get(node) == self._wanted.get(node)}
-            self.chains = {node: chain for node, chain in self.chains.items() if node in same}
+            old = self._wanted
+            self.chains = {node: chain for node, chain in self.chains.items() if wanted.get(node) == old[node]}
             self._reads = {key: read for key, read in self._reads.items() if not read.done() or key[0] in wanted}
             self._appeared = {node: self._appeared.get(node, now) for node in wanted}
             self._wanted = wanted
@@ -1590,13 +1554,17 @@ class Sysfs:
             return None
 
     def tegra_gpus(self) -> list[str]:
-        """The numbers of the GPUs that a Tegra board has as platform devices."""
+        """The names of the GPUs that a Tegra board has as platform devices. Raises OSError as read_chain() does."""
         found: set[str] = set()
         for folder in ("devices", "devices/platform"):
-            with contextlib.suppress(OSError):  # no sysfs here, or not that kind of board
+            try:
                 names = os.listdir(f"{self._sys_dir}/{folder}")
-                found.update(name[4:] for name in names if re.fullmatch(r"gpu\.[0-9]+", name))
-        return sorted(found, key=int)
+            except OSError as error:
+                if error.errno in SCARCE:
+                    raise
+                names = []  # no sysfs here, or not that kind of board
+            found.update(f"{TEGRA}{name[4:]}" for name in names if re.fullmatch(r"gpu\.[0-9]+", name))
+        return sorted(found)
 
 
 def start_read(job: Callable[[], T]) -> concurrent.futures.Future[T]:
@@ -1610,7 +1578,6 @@ def start_read(job: Callable[[], T]) -> concurrent.futures.Future[T]:
         except Exception as error:
             read.set_exception(error)
 
-    read.set_running_or_notify_cancel()
     threading.Thread(target=run, name="sysfs", daemon=True).start()
     return read
 
@@ -1734,11 +1701,6 @@ class Slot(NamedTuple):
         """Its ID in the device plugin API, which follows from paths alone: so it means the same device tomorrow."""
         return f"{self.device.path}:{self.number}" if self.resource.pool else str(self.number)
 
-    @property
-    def healthy(self) -> bool:
-        """Whether its device can be given to a container."""
-        return not self.device.problem
-
 
 class LeftOut(NamedTuple):
     """A path that a rule names but that is not offered under that rule, and why."""
@@ -1747,11 +1709,6 @@ class LeftOut(NamedTuple):
     line: int
     reason: Reason
     text: str  # of the reason
-
-    @classmethod
-    def of(cls, path: str, line: int, error: NotADevice) -> LeftOut:
-        """PATH, which the rule in LINE names, left out because of ERROR."""
-        return cls(path, line, error.reason, str(error))
 
 
 @dataclass(frozen=True)
@@ -1764,8 +1721,6 @@ class Plan:
 
 
 EMPTY_PLAN = Plan({}, (), ())
-
-
 Named = Sequence[tuple[Rule, Union[re.Match[str], SearchTimeout]]]
 
 
@@ -1782,15 +1737,10 @@ class Matcher:
 
     def _find(self, path: str) -> Named:
         """The rules that name PATH, which is below /dev, or is the name of a Tegra's GPU."""
-        is_gpu = is_tegra_gpu(path)
+        is_gpu = re.fullmatch(f"{TEGRA}[0-9]+", path)
         rules = [rule for rule in reversed(self.rules) if rule.pattern == TEGRA or not is_gpu]
         pairs = zip(rules, search_all([rule.match for rule in rules], path))
         return tuple((rule, match) for rule, match in pairs if match)
-
-
-def is_tegra_gpu(path: str) -> bool:
-    """Whether PATH is not one below /dev, but the name of a Tegra's GPU."""
-    return re.fullmatch(f"{TEGRA}[0-9]+", path) is not None
 
 
 @dataclass(frozen=True)
@@ -1808,13 +1758,13 @@ class Look:
 
 
 def find_devices(snapshot: Snapshot, gpus: Iterable[str], matcher: Matcher, dev_dir: str) -> Look:
-    """The devices that rules name. GPUS are the numbers of a Tegra's GPUs."""
+    """The devices that rules name. GPUS are the names of a Tegra's GPUs."""
     devices: dict[str, tuple[DeviceNode, ...]] = {}
     problems: dict[str, NotADevice] = {}
     wanted: dict[Entry, set[str]] = {}
     for path in snapshot.entries:
         rules = [rule for rule, _ in matcher.find(path)] if path else []
-        if not rules or is_tegra_gpu(path):
+        if not rules or rules[0].pattern == TEGRA:
             continue
         try:
             devices[path] = tuple(resolve(snapshot, path, dev_dir))
@@ -1824,7 +1774,7 @@ def find_devices(snapshot: Snapshot, gpus: Iterable[str], matcher: Matcher, dev_
         names = {name for rule in rules for name in (*(one.name for one in rule.attributes), *rule.values)}
         for node in devices[path]:
             wanted.setdefault(node.entry, set()).update(names)
-    devices.update((name, ()) for name in (f"{TEGRA}{number}" for number in gpus) if matcher.find(name))
+    devices.update((name, ()) for name in gpus if matcher.find(name))
     names_of = {node: tuple(sorted(names)) for node, names in wanted.items()}
     return Look(snapshot, matcher, dev_dir, devices, problems, names_of)
 
@@ -1846,23 +1796,23 @@ def make_plan(previous: Plan, look: Look) -> Plan:
     as it was last good, with a problem: for EXPIRY_SECONDS if it is gone, and for as long as its node is there if that
     has changed so that the rule would no longer choose it.
     """
-    left_out = [LeftOut.of(path, look.matcher.find(path)[0][0].line, error) for path, error in look.problems.items()]
+    errors = [(path, look.matcher.find(path)[0][0].line, error) for path, error in look.problems.items()]
     offered: dict[str, dict[str, Device]] = {}  # by resource and path
     for path, nodes in look.devices.items():
         for rule, match in look.matcher.find(path):
-            found = None
             try:
                 if isinstance(match, SearchTimeout):
-                    raise NotADevice(Reason.PATTERN_TIMEOUT, why=f"{TOOK_TOO_LONG} in this name: {rule.pattern}")
+                    raise Misfit(Reason.PATTERN_TIMEOUT, why=f"{TOOK_TOO_LONG} in this name: {rule.pattern}")
                 found = fit(rule, [look.chains.get(node.entry) for node in nodes])
                 name, device = make_device(path, nodes, rule, match, found, look)
                 offered.setdefault(name, {})[path] = device
+                break
             except NotADevice as error:
-                left_out.append(LeftOut.of(path, rule.line, error))
-            if found:
-                break  # otherwise, an earlier rule may fit
+                errors.append((path, rule.line, error))
+                if not isinstance(error, Misfit):
+                    break
     kept = _keep(previous, look, offered)
-    left_out = [left for left in left_out if left.path not in kept]
+    errors = [each for each in errors if each[0] not in kept]
     resources: dict[str, Resource] = {}
     for name in sorted(offered):
         before = previous.resources.get(name)
@@ -1873,11 +1823,12 @@ def make_plan(previous: Plan, look: Look) -> Plan:
             is_as_it_was = (bool(was.problem), was.is_gone) == (bool(device.problem), device.is_gone)
             devices.append(dataclasses.replace(device, since=was.since if is_as_it_was else look.now))
         winners, losers = choose_devices(name, devices, before)
-        left_out += losers
+        errors += losers
         if winners:
             resources[name] = Resource(name, winners[0].is_pool, tuple(winners))
     used = {id(rule) for path in (*look.devices, *look.problems, *kept) for rule, _ in look.matcher.find(path)}
     unused = tuple(rule for rule in look.matcher.rules if id(rule) not in used)
+    left_out = [LeftOut(path, line, error.reason, str(error)) for path, line, error in errors]
     return Plan(resources, tuple(sorted(left_out, key=lambda left: (left.path, left.line, left.text))), unused)
 
 
@@ -1893,11 +1844,11 @@ def _keep(previous: Plan, look: Look, offered: dict[str, dict[str, Device]]) -> 
         if not problem or (is_gone and look.now - since >= EXPIRY_SECONDS):
             continue
         for rule, match in look.matcher.find(old.path):
-            is_chosen = old.values.keys() >= {*rule.values} and _has_all(old.chosen_by, rule.attributes)
+            is_chosen = old.values.keys() >= {*rule.values} and all(one.fits(old.chosen_by) for one in rule.attributes)
             if isinstance(match, SearchTimeout) or not is_chosen:
                 continue
             try:
-                name, new = make_device(old.path, old.nodes, rule, match, Fit(old.chosen_by, old.values), look)
+                name, new = make_device(old.path, old.nodes, rule, match, (old.chosen_by, old.values), look)
             except NotADevice:
                 continue  # the rule was edited, and its path in a container or its resource's name is no longer good
             specs = () if is_gone else new.specs
@@ -1928,9 +1879,9 @@ def _find_loss(device: Device, look: Look) -> tuple[str, bool]:
 
 def choose_devices(
     name: str, devices: Sequence[Device], previous: Resource | None
-) -> tuple[Sequence[Device], list[LeftOut]]:
-    """The DEVICES, in the order of their paths, that get the name NAME; and what is left out of it. A device that is
-    gone is not left out.
+) -> tuple[Sequence[Device], list[tuple[str, int, NotADevice]]]:
+    """The DEVICES, in the order of their paths, that get the name NAME; and the path and line of each one that is left
+    out of it, and why. A device that is gone is not left out.
 
     A device that has the name keeps it for as long as it is offered. Otherwise a pool comes first, then the path that
     equals the name, then the first path in sorted order. A pool has each node once, as the first path that leads to it;
@@ -1966,41 +1917,36 @@ def choose_devices(
             errors[device.path] = NotADevice(Reason.LIST_TOO_LONG, limit=MAX_LIST_BYTES)
         else:
             room -= size
-    left_out = [
-        LeftOut.of(device.path, device.line, errors[device.path]) for device in devices if device.path in errors
-    ]
+    left_out = [(device.path, device.line, errors[device.path]) for device in devices if device.path in errors]
     return [device for device in winners if device.path not in errors], left_out
 
 
 def make_device(
-    path: str, nodes: tuple[DeviceNode, ...], rule: Rule, match: re.Match[str], found: Fit, look: Look
+    path: str, nodes: tuple[DeviceNode, ...], rule: Rule, match: re.Match[str], found: tuple[Values, Values], look: Look
 ) -> tuple[str, Device]:
-    """The name of its resource and the device with NODES at PATH, which RULE fits as FOUND.
-
-    Raises NotADevice if that has no name, or one of its paths in a container is not a good one.
-    """
-    if found.problem:
-        raise found.problem
-    name = resource_name(expand(rule.resource, match, found.values) if rule.resource else path)
+    """The name of its resource and the device with NODES at PATH, which RULE fits as FOUND by fit(). Raises
+    NotADevice if it has no name, or one of its paths in a container is not a good one."""
+    held, values = found
+    name = resource_name(expand(rule.resource, match, values) if rule.resource else path)
     if not name:
         raise NotADevice(Reason.NO_NAME)
+    naming = {attribute: value for attribute, value in values.items() if rf"\g<attr:{attribute}>" in rule.resource}
     env = {"NVIDIA_VISIBLE_DEVICES": match[1]} if rule.pattern == TEGRA else {}
-    env.update((name, expand(template, match, found.values)) for name, template in rule.env)
-    known = [look.chains.get(node.entry, ()) for node in nodes]
-    facts = [facts_of(chain) for chain in known] or [{}]
+    env.update((name, expand(template, match, values)) for name, template in rule.env)
+    numa, facts = describe_device([look.chains.get(node.entry, [{}]) for node in nodes])
     device = Device(
         path=path,
         line=rule.line,
         is_pool=bool(rule.resource),
         slots=rule.slots,
         nodes=nodes,
-        chosen_by={**found.held, **{name: found.values[name] for name in attributes_in(rule.resource)}},
-        values=found.values,
+        chosen_by={**held, **naming},
+        values=values,
         since=look.now,
-        parts=tuple(_parts(path, rule, match, found.values)),
+        parts=tuple(_parts(path, rule, match, values)),
         env=env,
-        numa=tuple(sorted({numa for numa in map(numa_of, known) if numa is not None})),
-        facts={name: value for name, value in facts[0].items() if all(other.get(name) == value for other in facts)},
+        numa=numa,
+        facts=facts,
     )
     try:
         return name, dataclasses.replace(device, specs=tuple(specs_of(device, look.snapshot, look.dev_dir)))
@@ -2064,33 +2010,23 @@ def _add_spec(specs: list[DeviceSpec], given: dict[str, str], spec: DeviceSpec) 
     given.update((container, host) for host, container in spec.nodes)
 
 
-class Offer(NamedTuple):
-    """A device as a resource offers it."""
-
-    resource: str  # its name without the domain
-    path: str
-    line: int
-
-
-def find_shared(plan: Plan) -> Mapping[str, Sequence[Offer]]:
-    """The nodes that PLAN offers under several resources, with these offers. A pool has each of its nodes once.
-
-    Only the nodes of the devices themselves count, because companions are for several devices in many cases.
-    """
-    offers: dict[str, list[Offer]] = {}
+def find_shared(plan: Plan) -> Mapping[str, Sequence[tuple[str, Device]]]:
+    """The nodes that PLAN offers under several resources, with these resources' names and devices. A pool has each of
+    its nodes once. Nodes of companions do not count, because these are for several devices in many cases."""
+    offers: dict[str, list[tuple[str, Device]]] = {}
     for name, resource in plan.resources.items():
         for device in resource.devices:
             own = [spec for spec in device.specs if spec.host == f"/dev/{device.path}" and device.slots]
             for node, _ in (node for spec in own for node in spec.nodes):
-                offers.setdefault(node, []).append(Offer(name, device.path, device.line))
+                offers.setdefault(node, []).append((name, device))
     return {node: found for node, found in sorted(offers.items()) if len(found) > 1}
 
 
-def describe_shared(shared: Mapping[str, Sequence[Offer]]) -> Mapping[str, Sequence[str]]:
-    """Sentences on the nodes that are SHARED, each with those that it is about."""
+def describe_shared(plan: Plan) -> Mapping[str, Sequence[str]]:
+    """Sentences on the nodes that PLAN offers under several resources, each with those that it is about."""
     nodes: dict[str, list[str]] = {}
-    for node, offers in shared.items():
-        lines = sorted({offer.line for offer in offers})
+    for node, offers in find_shared(plan).items():
+        lines = sorted({device.line for _, device in offers})
         where = f"line{'s' * (len(lines) > 1)} {', '.join(map(str, lines))}"
         sentence = f"several resources offer it ({where}), so several pods can have it at once"
         nodes.setdefault(sentence, []).append(node)
@@ -2099,7 +2035,7 @@ def describe_shared(shared: Mapping[str, Sequence[Offer]]) -> Mapping[str, Seque
 
 def device_path(device: Device) -> str:
     """The full path of DEVICE, such as /dev/video0; of a Tegra GPU, which has no node, its name."""
-    return device.path if is_tegra_gpu(device.path) else f"/dev/{device.path}"
+    return f"/dev/{device.path}" if device.nodes else device.path
 
 
 def slots_of(resource: Resource) -> tuple[Slot, ...]:
@@ -2628,7 +2564,9 @@ class DeviceSide:
         has_changed |= snapshot is not self.snapshot
         self.snapshot, self.scan_seconds = snapshot, time.monotonic() - began
         if full:
-            gpus, self._gpus = self._gpus, self._sysfs.tegra_gpus()
+            gpus = self._gpus
+            with contextlib.suppress(OSError):  # too many open files, say: those that were there still count
+                self._gpus = self._sysfs.tegra_gpus()
             has_changed |= gpus != self._gpus or any(when <= now for when in expiry_times(before))
         if has_changed:
             self._look = find_devices(self.snapshot, self._gpus, self._matcher, self._dev_dir)
@@ -2700,7 +2638,7 @@ class ChangeLog:
             known = self._states.setdefault(subject, _LoggedState())
             known.changes += known.now != states.get(subject)
             known.now = states.get(subject)
-        for sentence, nodes in describe_shared(find_shared(plan)).items():
+        for sentence, nodes in describe_shared(plan).items():
             news = [node for node in nodes if self._shared.get(node) != sentence]
             self._shared.update(dict.fromkeys(nodes, sentence))
             if news:
@@ -3504,7 +3442,7 @@ class Plugin:
 def _list_message(resource: Resource) -> pb.ListAndWatchResponse:
     response = pb.ListAndWatchResponse()
     for slot in slots_of(resource):
-        device = response.devices.add(ID=slot.id, health="Healthy" if slot.healthy else "Unhealthy")
+        device = response.devices.add(ID=slot.id, health="Unhealthy" if slot.device.problem else "Healthy")
         for numa in slot.device.numa:
             device.topology.nodes.add(ID=numa)
     return response
@@ -3809,9 +3747,7 @@ class DevicePluginSide(KubeletSide):
 # names or chooses any more, stays with its pod: the config file was edited, and no pod is lost for that.
 # ---------------------------------------------------------------------------------------------------------------------
 
-MAX_SLICE_DEVICES = 64  # the API takes 128, but only 64 once one of them has a taint; the next two are limits of it
-MAX_ATTRIBUTE_BYTES = 64
-MAX_DRIVER_NAME = 63
+MAX_SLICE_DEVICES = 64  # the API takes 128, but only 64 once one of them has a taint
 MAX_API_ANSWER = 2 << 20  # bytes
 MAX_API_OBJECTS = 50_000  # objects and lists in an answer: two bytes of JSON can take a hundred of memory
 MAX_FILE_BYTES = 1 << 20  # of a token, a CA and a CDI file
@@ -3857,9 +3793,6 @@ class PreparedClaim(NamedTuple):
         return {device.name for device in self.devices if not device.is_admin}
 
 
-# What is published.
-
-
 def dns_label(text: str, limit: int) -> str:
     """TEXT as a DNS label of at most LIMIT characters; if something had to be changed, a hash keeps it unique."""
     label = re.sub("[^a-z0-9-]+", "-", text.lower()).strip("-")
@@ -3883,7 +3816,7 @@ def slots_by_device_name(plan: Plan) -> SlotsOfDra:
         labels = {device.path: dns_label(device.path, 63 - len("-9999")) for device in resource.devices}
         for slot in slots_of(resource):
             name = f"{labels[slot.device.path]}-{slot.number}"
-            if slot.healthy or name not in slots:
+            if not slot.device.problem or name not in slots:
                 slots[name] = slot
     return slots
 
@@ -3894,20 +3827,15 @@ def slice_device(name: str, device: Slot | ClaimedDevice, domain: str, evicts: b
     if isinstance(device, Slot):
         resource, found = device.resource, device.device
         values: Document = {"resource": resource.name, "path": device_path(found), "slot": device.number, **found.facts}
-        if resource.pool:
-            values["pool"] = resource.name
-        if len(found.numa) == 1:
-            values["numaNode"] = found.numa[0]
+        values.update({"pool": resource.name} if resource.pool else {})
+        values.update({"numaNode": found.numa[0]} if len(found.numa) == 1 else {})
         taint = "" if not found.problem else "gone" if found.is_gone else "unhealthy"
     else:  # DeviceClasses select by its resource
         values, taint = {"resource": device.resource, "path": device.path}, "gone"
     attributes: Document = {}
     for key, value in values.items():
-        if isinstance(value, int):
-            attributes[key] = {"int": value}
-        else:
-            data = value.encode("utf-8", "backslashreplace")[:MAX_ATTRIBUTE_BYTES]
-            attributes[key] = {"string": data.decode("utf-8", "ignore")}
+        text = str(value).encode("utf-8", "backslashreplace")[:64].decode("utf-8", "ignore")  # a limit of the API
+        attributes[key] = {"int": value} if isinstance(value, int) else {"string": text}
     # NoSchedule: the scheduler gives it to no pod. NoExecute: the control plane also evicts the pods that have it.
     effect = "NoExecute" if evicts else "NoSchedule"
     taints = {"taints": [{"key": f"{domain}/{taint}", "effect": effect}]} if taint else {}
@@ -3915,13 +3843,6 @@ def slice_device(name: str, device: Slot | ClaimedDevice, domain: str, evicts: b
 
 
 SliceGroup = tuple[int, str]  # the devices of a slice: how many, and as JSON, which takes a tenth of the memory
-
-
-def split_into_slices(devices: Iterable[Document]) -> Iterator[SliceGroup]:
-    """DEVICES in groups, each as large as a slice may be."""
-    rest = iter(devices)
-    for group in iter(lambda: list(itertools.islice(rest, MAX_SLICE_DEVICES)), []):
-        yield len(group), json.dumps(group, sort_keys=True)
 
 
 def slice_name(node: str, domain: str, index: int) -> str:
@@ -3967,32 +3888,26 @@ class SliceCopy(NamedTuple):
 
 
 def read_slice(item: Document) -> SliceCopy:
-    """What is kept of the slice ITEM, of which the times of the taints go: the API server adds them."""
+    """What is kept of the slice ITEM."""
     metadata, pool, devices = item["metadata"], item["spec"]["pool"], item["spec"].get("devices", [])
-    for device in devices:
-        for taint in device.get("taints", ()):
-            taint.pop("timeAdded", None)
+    for taint in (taint for device in devices for taint in device.get("taints", ())):
+        taint.pop("timeAdded", None)  # which the API server adds
     digest = hash((pool["resourceSliceCount"], json.dumps(devices, sort_keys=True)))
     return SliceCopy(metadata.get("resourceVersion", ""), int(pool["generation"]), digest)
 
 
 def read_slices(answer: Document, domain: str, node: str) -> tuple[dict[str, SliceCopy], str]:
     """The slices in ANSWER, a list, that are of the driver DOMAIN and of NODE, by name; and where the list goes on."""
-    items = [
-        item for item in answer["items"] if (item["spec"]["driver"], item["spec"].get("nodeName")) == (domain, node)
-    ]
-    return {item["metadata"]["name"]: read_slice(item) for item in items}, answer["metadata"].get("continue", "")
-
-
-# What is prepared.
+    slices = {}
+    for item in answer["items"]:
+        if (item["spec"]["driver"], item["spec"].get("nodeName")) == (domain, node):
+            slices[item["metadata"]["name"]] = read_slice(item)
+    return slices, answer["metadata"].get("continue", "")
 
 
 def read_claim(document: Document, claim: PreparedClaim, domain: str, node: str) -> PreparedClaim | None:
     """CLAIM with the devices of the driver DOMAIN on NODE that it was allocated, each once for all of its requests;
-    None if DOCUMENT is another claim of its name.
-
-    A result for a request's alternative (request/alternative) is one for the request, as it is for the kubelet.
-    Raises AllocationError, and one of UNEXPECTED for what is no claim.
+    None if DOCUMENT is another claim of its name. Raises AllocationError, and one of UNEXPECTED for what is no claim.
     """
     if document["metadata"]["name"] != claim.name:
         raise ValueError("this is not the claim")
@@ -4003,6 +3918,7 @@ def read_claim(document: Document, claim: PreparedClaim, domain: str, node: str)
         raise AllocationError("FAILED_PRECONDITION", "the claim is not allocated")
     found: dict[str, ClaimedDevice] = {}
     for result in results:
+        # That for a request's alternative (request/alternative) is one for the request, as it is for the kubelet.
         request, name = result["request"].partition("/")[0], result["device"]
         if result["driver"] == domain:
             if result["pool"] != node:
@@ -4016,11 +3932,8 @@ def read_claim(document: Document, claim: PreparedClaim, domain: str, node: str)
 def prepare_devices(
     devices: Sequence[ClaimedDevice], slots: SlotsOfDra, host: HostDevices
 ) -> tuple[ClaimedDevice, ...]:
-    """DEVICES with what containers are given for them now.
-
-    A container gets all devices of a request, so they must not conflict and they share their env, like the slots of
-    one Allocate. Raises AllocationError.
-    """
+    """DEVICES with what containers are given for them now. A container gets all devices of a request, so they must not
+    conflict and they share their env, like the slots of one Allocate. Raises AllocationError."""
     for device in devices:
         if device.name not in slots:
             raise AllocationError("UNAVAILABLE", f'this node offers no device "{device.name}"')
@@ -4097,16 +4010,12 @@ def read_cdi_document(document: Document, domain: str) -> PreparedClaim:
     return PreparedClaim(uid, namespace, name, tuple(devices))
 
 
-# The API server.
-
-
 class ApiError(Exception):
-    """A request that failed: the reason in a sentence, the HTTP status (0: no answer), and what the API server says
-    that it does not have (resourceclaims/NAME), if it does."""
+    """A request that failed: the reason in a sentence, and the HTTP status (0: no answer)."""
 
-    def __init__(self, text: str, status: int = 0, missing: str = "") -> None:
+    def __init__(self, text: str, status: int = 0) -> None:
         super().__init__(text)
-        self.status, self.missing = status, missing
+        self.status = status
 
 
 def parse_api_url(url: str) -> tuple[bool, str, int, str]:
@@ -4165,7 +4074,7 @@ def api_problem(verb: str, path: str, status: int, message: str) -> str:
         return f'the service account lacks the right "{verb}" on "{kind}" (403){ending}'
     if status == 404 and kind == "nodes":
         return f"there is no Node {path.rpartition('/')[2]} (404); --node-name names the Node"
-    if status == 404 and verb in ("list", "create"):
+    if status == 404 and verb in ("get", "list", "create"):
         return f"the API server has no resource.k8s.io/v1 (404), which Kubernetes has since 1.34{ending}"
     reasons = {401: "does not accept the token", 409: "has another version by now", 429: "limits requests"}
     return f"the API server {reasons.get(status, 'fails')} ({status}) to {verb} {kind}{ending}"
@@ -4187,10 +4096,11 @@ class ApiServer:
         self._ca_file = ca_file
 
     async def call(
-        self, verb: str, path: str, body: Document | None = None, read: Reader | None = None, absent: int = 0
+        self, verb: str, path: str, body: Document | None = None, read: Reader | None = None, none_if: int = 0
     ) -> Any:
-        """What READ reads in the answer to VERB on PATH, its metadata if there is no READ, within 2 * API_SECONDS; None
-        if its status is ABSENT.
+        """What READ reads in the answer to VERB on PATH, its metadata if there is no READ, within 2 * API_SECONDS. None
+        if its status is NONE_IF; if that is 404, the answer must name PATH's object: a load balancer without a backend,
+        and an API server without resource.k8s.io/v1, answer 404, too.
 
         The API server decides what runs on the node anyway, so READ may trust the answer: whatever it raises because
         the answer is another one becomes an ApiError. Raises ApiError.
@@ -4198,20 +4108,20 @@ class ApiServer:
         status, document = await self._send(verb, path, body)
         if status == 401:  # the token was replaced while the request was on its way
             status, document = await self._send(verb, path, body)
-        if status == absent:
-            return None
-        is_good, message, missing = 200 <= status < 300, "", ""
-        try:
-            if is_good:
+        if 200 <= status < 300:
+            try:
                 return read(document) if read else document["metadata"]
-            message = str(document["message"])
-            if (status, document["kind"], document["reason"]) == (404, "Status", "NotFound"):
-                missing = f"{document['details']['kind']}/{document['details']['name']}"
-        except UNEXPECTED:
-            if is_good:
+            except UNEXPECTED:
                 text = f"the API server's answer to {verb} {path.partition('?')[0]} is not one; is it an API server?"
                 raise ApiError(text, status) from None
-        raise ApiError(api_problem(verb, path, status, message), status, missing)
+        message = missing = ""
+        with contextlib.suppress(*UNEXPECTED):
+            message = str(document.get("message", ""))
+            if (document["kind"], document["reason"]) == ("Status", "NotFound"):
+                missing = f"/{document['details']['kind']}/{document['details']['name']}"
+        if status == none_if and (status != 404 or (missing and path.endswith(missing))):
+            return None
+        raise ApiError(api_problem(verb, path, status, message), status)
 
     async def _send(self, verb: str, path: str, body: Document | None) -> ApiAnswer:
         """Send one request, and count it. Raises ApiError."""
@@ -4285,9 +4195,6 @@ def _connection_problem(error: OSError | RuntimeError, ca_file: str) -> str:
     return f"does not answer: {printable(reason)[:MAX_SHOWN]}"
 
 
-# The claims.
-
-
 class CdiFiles:
     """The CDI files of the driver DOMAIN in FOLDER, one per prepared claim. Other files are left alone.
 
@@ -4315,12 +4222,11 @@ class CdiFiles:
 
     def owner(self, uid: str) -> PreparedClaim | None:
         """The claim UID without its devices, as the link names it."""
-        try:
+        with contextlib.suppress(OSError):
             namespace, _, name = os.readlink(self.paths(uid)[1]).partition("/")
-        except OSError:
-            return None
-        is_named = all(map(_OBJECT_NAME.fullmatch, (namespace, name)))
-        return PreparedClaim(uid, namespace, name) if is_named else None
+            if all(map(_OBJECT_NAME.fullmatch, (namespace, name))):
+                return PreparedClaim(uid, namespace, name)
+        return None
 
     def read(self, uid: str) -> PreparedClaim:
         """The claim of the file of UID. Raises OSError, and one of UNEXPECTED."""
@@ -4330,10 +4236,8 @@ class CdiFiles:
         return claim
 
     def write(self, claim: PreparedClaim) -> bool:
-        """Have the file of CLAIM hold what it should, and read it back; whether it had to be written. Raises OSError.
-
-        Nobody sees it half written.
-        """
+        """Have the file of CLAIM hold what it should; whether it had to be written, and was read back. Raises
+        OSError."""
         content = json.dumps(cdi_document(claim, self._domain)).encode()
         if self._holds(claim, content):
             return False
@@ -4377,7 +4281,7 @@ class Claims:
     """
 
     PREPARE_SECONDS = 20.0  # the kubelet waits for 45 s, and after an error it asks again only 60 to 90 s later
-    RETRY_SECONDS = 1.0  # before the API server is asked again
+    RETRY_SECONDS = 1.0  # before the next try to prepare a claim
     LOG_SECONDS = 1.0  # between two groups of lines about CDI files that were written again
     # A pod that was deleted by force still has its device, though its claim is gone, until the kubelet has ended its
     # containers, for which they have 30 s by default. A kubelet that remembers the claim unprepares it then.
@@ -4386,8 +4290,9 @@ class Claims:
     def __init__(self, options: argparse.Namespace, api: ApiServer, host: HostDevices) -> None:
         self.prepared: dict[str, PreparedClaim] = {}  # by uid, as all of these are
         self.allocations: Counter[str] = Counter()  # slots that were prepared, by resource
-        self.plan: Plan | None = None
+        self._plan = EMPTY_PLAN
         self._slots: SlotsOfDra = {}  # those of the plan
+        self._is_stale = True  # what is prepared is to be derived again
         self.lost: dict[str, ClaimedDevice] = {}  # prepared devices that are gone and not in the plan, by name
         self._is_open = False
         self._unread: dict[str, set[str] | None] = {}  # files that cannot be read: their devices; None: unknown
@@ -4395,19 +4300,16 @@ class Claims:
         self._doubts: dict[str, float | None] = {}
         self._rewrites: Counter[str] = Counter()  # CDI files that were written again, which is not logged yet, by claim
         self._logged_at = -math.inf  # time.monotonic() when such were logged last
-        self._followed: Plan | None = None  # from which what is prepared was last derived
         self._options = options
         self._api = api
         self._host = host
         self._files = CdiFiles(options.cdi_dir, options.domain)
         self._change: asyncio.Future[None]  # done when what may have kept a claim from being prepared has changed
 
-    # -- the life of the driver ------------------------------------------------------------------------------------
-
     def open(self) -> None:
         """Take up what CDI files say, which another instance may have changed. Raises OSError."""
         self._change = asyncio.get_running_loop().create_future()
-        self._is_open, self._followed = True, None
+        self._is_open = self._is_stale = True
         self.prepared, self._unread, self._doubts = {}, {}, {}
         self._take_up()
 
@@ -4417,26 +4319,21 @@ class Claims:
             self._is_open = False
             self._notify()
 
-    def follow(self, plan: Plan, slots: SlotsOfDra) -> None:
-        """Have containers be given what PLAN, with these SLOTS, has from the next look on."""
-        self.plan, self._slots = plan, slots
-
-    def look(self) -> None:
-        """Have what is prepared follow from the plan and /dev, and the CDI files from that, whoever has changed them.
-
-        /dev is looked at as well, because the plan does not say when a device goes that it does not offer.
-        """
+    def look(self, plan: Plan, slots: SlotsOfDra) -> None:
+        """Have what is prepared follow from PLAN, its SLOTS and /dev (of devices that are not offered, the plan says
+        nothing), and the CDI files from that, whoever has changed them."""
         if not self._is_open:
             return
-        is_changed, self._followed, self.lost = self._followed is not self.plan, self.plan, {}
+        is_changed = self._is_stale or plan is not self._plan
+        self._is_stale, self._plan, self._slots, self.lost = False, plan, slots, {}
         for claim in list(self.prepared.values()):
             followed = [(device, *self._follow(device)) for device in claim.devices]
             self.lost.update((device.name, device) for device, slot, problem in followed if problem and not slot)
             is_changed |= any(device.problem != problem for device, _, problem in followed)
             try:
-                self._rewrite(self._refreshed(claim) if is_changed else claim)
+                self._rewrite(claim, is_changed)
             except AllocationError:
-                self._followed = None  # it went just now
+                self._is_stale = True  # it went just now
             except OSError as error:
                 self._log_not_written(claim, error)
         if self._rewrites and time.monotonic() - self._logged_at >= self.LOG_SECONDS:
@@ -4452,14 +4349,10 @@ class Claims:
     async def check(self) -> float:
         """Ask the API server about the claims that it may not have; after how many seconds to ask again. Raises
         ApiError."""
-        with contextlib.suppress(OSError):  # there will be another check
-            self._take_up()
         for uid in list(self._doubts):
             await self._check(uid)
         ends = [since + self.GONE_SECONDS - time.monotonic() for since in self._doubts.values() if since]
         return min(end for end in (*ends, COMPARE_SECONDS) if end > 0)
-
-    # -- what the kubelet asks for ---------------------------------------------------------------------------------
 
     async def prepare(self, claim: PreparedClaim, end: float) -> PreparedClaim:
         """Prepare the devices of CLAIM, and wait until END, of time.monotonic(), for what keeps it from being prepared.
@@ -4475,7 +4368,11 @@ class Claims:
                 self._take_up()
                 before = self.prepared.get(claim.uid)
                 if before:
-                    return self._prepare_again(before)
+                    before = self._rewrite(before)
+                    for device in before.devices:
+                        if device.problem:
+                            raise AllocationError("UNAVAILABLE", f"{device.path}: {device.problem}")
+                    return before
                 if not allocated:
                     allocated = await wait_bounded(self._read(claim), end - time.monotonic())
                 if not allocated:
@@ -4489,13 +4386,12 @@ class Claims:
             except asyncio.TimeoutError:
                 raise problem from None
             except AllocationError as error:
-                problem, may_pass, retry = error, error.code == "UNAVAILABLE", math.inf
+                problem, may_pass = error, error.code == "UNAVAILABLE"
             except ApiError as error:
-                may_pass = not 400 <= error.status < 500 or error.status in (404, 408, 429)
-                problem, retry = error, self.RETRY_SECONDS
+                problem, may_pass = error, not 400 <= error.status < 500 or error.status in (404, 408, 429)
             if not may_pass or time.monotonic() >= end:
                 raise problem
-            await asyncio.wait([change], timeout=min(retry, end - time.monotonic()))
+            await asyncio.wait([change], timeout=min(self.RETRY_SECONDS, end - time.monotonic()))
 
     def unprepare(self, uid: str, why: str = "its pod has ended") -> str:
         """Remove the CDI file of the claim UID, of which WHY is logged; why that failed, or an empty text."""
@@ -4515,17 +4411,6 @@ class Claims:
         self._notify()
         return ""
 
-    # -- one claim -------------------------------------------------------------------------------------------------
-
-    def _prepare_again(self, claim: PreparedClaim) -> PreparedClaim:
-        """CLAIM, which is prepared, with what a container is given now. Raises AllocationError and OSError."""
-        claim = self._refreshed(claim)
-        self._rewrite(claim)
-        for device in claim.devices:
-            if device.problem:
-                raise AllocationError("UNAVAILABLE", f"{device.path}: {device.problem}")
-        return claim
-
     def _prepare(self, claim: PreparedClaim) -> PreparedClaim:
         """Prepare CLAIM, as it was allocated. Raises AllocationError and OSError."""
         self._take_up()
@@ -4541,31 +4426,28 @@ class Claims:
             log_event("prepared", "prepared for a pod", claim=claim.full_name, devices=names)
         return claim
 
-    def _rewrite(self, claim: PreparedClaim) -> None:
-        """Remember CLAIM, which is prepared, as it is now, and have its CDI file be so. Raises OSError."""
-        self.prepared[claim.uid] = claim
+    def _rewrite(self, claim: PreparedClaim, is_changed: bool = True) -> PreparedClaim:
+        """CLAIM, which is prepared, with what a container is given for its devices now, if that IS_CHANGED. Its CDI
+        file becomes so. A device that new pods are not offered any more stays as it was. Raises AllocationError and
+        OSError."""
+        if is_changed:
+            followed = [(device, *self._follow(device)) for device in claim.devices]
+            offered = [device for device, slot, _ in followed if slot and not slot.device.problem]
+            fresh = {device.name: device for device in prepare_devices(offered, self._slots, self._host)}
+            devices = (fresh.get(old.name, old._replace(problem=problem)) for old, _, problem in followed)
+            claim = self.prepared[claim.uid] = claim._replace(devices=tuple(devices))
         if self._files.write(claim):
             self._rewrites[claim.full_name] += 1
+        board.set(claim.uid, "")
+        return claim
 
     def _log_not_written(self, claim: PreparedClaim, error: AllocationError | OSError) -> None:
         why = error.strerror if isinstance(error, OSError) else error
         text = f"cannot write {self._files.paths(claim.uid)[0]}: {why}"
         board.set(claim.uid, text, "cdi-file-not-rewritten", claim=claim.full_name)
 
-    def _refreshed(self, claim: PreparedClaim) -> PreparedClaim:
-        """CLAIM with what a container is given for its devices now. A device that new pods are not offered any more
-        stays as it was. Raises AllocationError."""
-        now, offered = [], []
-        for device in claim.devices:
-            slot, problem = self._follow(device)
-            now.append(device._replace(problem=problem))
-            if slot and slot.healthy:
-                offered.append(device)
-        fresh = {device.name: device for device in prepare_devices(offered, self._slots, self._host)}
-        return claim._replace(devices=tuple(fresh.get(device.name, device) for device in now))
-
     def _follow(self, device: ClaimedDevice) -> tuple[Slot | None, str]:
-        return follow_device(device, self.plan or EMPTY_PLAN, self._slots, self._options.dev_dir)
+        return follow_device(device, self._plan, self._slots, self._options.dev_dir)
 
     def _holders(self, claim: PreparedClaim) -> dict[str, str]:
         """The other claims that take, or may take, devices of CLAIM: by uid, a sentence that says so."""
@@ -4581,30 +4463,16 @@ class Claims:
         return found
 
     async def _read(self, claim: PreparedClaim) -> PreparedClaim | None:
-        """CLAIM with the devices of this driver that it was allocated; None if the API server says that there is no
-        such claim. Raises ApiError and AllocationError.
-
-        A load balancer without a backend, and an API server without resource.k8s.io/v1, answer 404 without saying so.
-        """
+        """CLAIM with the devices that it was allocated; None if there is no such claim. Raises ApiError and
+        AllocationError."""
         path = f"{_API}/namespaces/{claim.namespace}/resourceclaims/{claim.name}"
-        node = self._options.node_name
-        read = functools.partial(read_claim, claim=claim, domain=self._options.domain, node=node)
-        found: PreparedClaim | None = None
-        try:
-            found = await self._api.call("get", path, read=read)
-        except ApiError as error:
-            if error.missing != f"resourceclaims/{claim.name}":
-                raise
+        read = functools.partial(read_claim, claim=claim, domain=self._options.domain, node=self._options.node_name)
+        found: PreparedClaim | None = await self._api.call("get", path, read=read, none_if=404)
         return found
 
-    # -- all claims ------------------------------------------------------------------------------------------------
-
     def _take_up(self) -> None:
-        """Take up the CDI files that this instance has not written. Raises OSError, and AllocationError once closed.
-
-        They are looked for again and again, because an instance that does not know yet that this one serves may have
-        written one: its device must not be given again.
-        """
+        """Take up the CDI files that this instance has not written: one that does not know yet that this one serves
+        may have written them at any time. Raises OSError, and AllocationError once closed."""
         if not self._is_open:
             text = "this instance of the driver has ended; the next one will do it"  # and must know of it
             raise AllocationError("FAILED_PRECONDITION", text)
@@ -4625,17 +4493,13 @@ class Claims:
 
     async def _check(self, uid: str) -> None:
         """Drop the claim UID if the API server has said GONE_SECONDS ago, too, that it does not exist. If it does, and
-        its file cannot be read, write the file. Raises ApiError.
-
-        The slices are listed because an API server without them has no claims either.
-        """
+        its file cannot be read, write the file. Raises ApiError."""
         claim = self.prepared.get(uid) or self._files.owner(uid)
         if not claim:
-            self._doubts.pop(uid, None)
             return
         try:
             allocated = await self._read(claim)
-            if allocated is None:
+            if allocated is None:  # an API server without slices has no claims either
                 await self._api.call("list", f"{_API}/resourceslices?limit=1", read=lambda document: document["items"])
                 since = self._doubts.get(uid) or time.monotonic()
                 self._doubts[uid] = since
@@ -4657,9 +4521,6 @@ class Claims:
         """Wake the claims that wait."""
         self._change.set_result(None)
         self._change = self._change.get_loop().create_future()
-
-
-# The slices and the classes.
 
 
 class Publisher:
@@ -4697,7 +4558,10 @@ class Publisher:
 
     def want(self, devices: Iterable[Document], resources: Sequence[str]) -> None:
         """Have the slices hold DEVICES, and a class for each of RESOURCES, from now on."""
-        self._wanted, self._resources = list(split_into_slices(devices)), resources
+        rest = iter(devices)
+        groups = iter(lambda: list(itertools.islice(rest, MAX_SLICE_DEVICES)), [])
+        self._wanted = [(len(group), json.dumps(group, sort_keys=True)) for group in groups]
+        self._resources = resources
         self.refresh()
 
     def refresh(self) -> None:
@@ -4734,11 +4598,10 @@ class Publisher:
         """Make the slices what is wanted. They are listed a few at a time."""
         query = f"fieldSelector=spec.nodeName%3D{self._node}%2Cspec.driver%3D{self._domain}&limit={self.SLICES_AT_ONCE}"
         read = functools.partial(read_slices, domain=self._domain, node=self._node)
-        wanted, copies, rest, is_first = self._wanted, {}, "", True
-        while rest or is_first:
+        wanted, (copies, rest) = self._wanted, await self._api.call("list", f"{_API}/resourceslices?{query}", read=read)
+        while rest:
             more, rest = await self._api.call("list", f"{_API}/resourceslices?{query}&continue={rest}", read=read)
             copies.update(more)
-            is_first = False
         if copies != self._copies or wanted != self.published:  # if the former, somebody else has changed them
             await self._replace(copies, wanted)
         self.published, self._copies, self.published_at = wanted, copies, time.time()
@@ -4761,12 +4624,11 @@ class Publisher:
             await self._api.call("delete", f"{path}/{name}")
             del copies[name]
         for body in resource_slices(self._domain, self._node, node["uid"], generation, wanted):
-            name = body["metadata"]["name"]
+            name, verb, place = body["metadata"]["name"], "create", path
             if name in copies:
                 body["metadata"]["resourceVersion"] = copies[name].version
-                copies[name] = await self._api.call("update", f"{path}/{name}", body, read=read_slice)
-            else:
-                copies[name] = await self._api.call("create", path, body, read=read_slice)
+                verb, place = "update", f"{path}/{name}"
+            copies[name] = await self._api.call(verb, place, body, read=read_slice)
         count = pluralize(sum(number for number, _ in wanted), "device")
         sentence = f"published {count} in {pluralize(len(wanted), 'ResourceSlice')}"
         log_event("published", sentence, generation=generation)
@@ -4778,14 +4640,11 @@ class Publisher:
             name = body["metadata"]["name"]
             if time.monotonic() - self._made.get(name, -math.inf) < self.CLASS_SECONDS:
                 continue
-            is_missing = await self._api.call("get", f"{path}/{name}", absent=404) is None
-            if is_missing and await self._api.call("create", path, body, absent=409):
+            is_missing = await self._api.call("get", f"{path}/{name}", none_if=404) is None
+            if is_missing and await self._api.call("create", path, body, none_if=409):
                 log_event("class-made", "made a DeviceClass", name=name)  # with 409, another node has just made it
             self._made[name] = time.monotonic()
         return self.CLASS_SECONDS
-
-
-# The driver.
 
 
 def dra_sockets(options: argparse.Namespace) -> tuple[str, str]:
@@ -4843,15 +4702,14 @@ class DraPlugin:
         if kubelet:
             self.restarts += self._kubelet not in (None, kubelet)
             self._kubelet = kubelet
-        if not self.is_registered:
-            if time.monotonic() - self._served_since > REGISTER_SECONDS and not board.get("driver"):
-                board.set("driver", "the kubelet has not registered the driver; waiting for it", "kubelet-gone")
-        elif self._registrar in (None, kubelet):  # one that never answered on its socket may be there
+        if self.is_registered and self._registrar in (None, kubelet):  # None: it never answered on its socket
             self._registrar = kubelet
             board.set("driver", "")
-        else:
+        elif self.is_registered:
             self.is_registered = False
             board.set("driver", f"the kubelet no longer answers on {path}; waiting for it", "kubelet-gone")
+        elif time.monotonic() - self._served_since > REGISTER_SECONDS and not board.get("driver"):
+            board.set("driver", "the kubelet has not registered the driver; waiting for it", "kubelet-gone")
 
     @answered
     async def GetInfo(self, request: pb.InfoRequest, context: grpc.aio.ServicerContext) -> pb.PluginInfo:
@@ -4878,9 +4736,9 @@ class DraPlugin:
     ) -> pb.NodePrepareResourcesResponse:
         end = time.monotonic() + self._claims.PREPARE_SECONDS
         claims = [PreparedClaim(claim.uid, claim.namespace, claim.name) for claim in request.claims]
-        tasks = [self._claims.prepare(claim, end) for claim in claims]
+        answers = await asyncio.gather(*(self._claims.prepare(claim, end) for claim in claims), return_exceptions=True)
         response = pb.NodePrepareResourcesResponse()
-        for claim, prepared in zip(claims, await asyncio.gather(*tasks, return_exceptions=True)):
+        for claim, prepared in zip(claims, answers):
             entry = response.claims[claim.uid]
             if isinstance(prepared, PreparedClaim):
                 board.set(claim.uid, "")
@@ -4903,9 +4761,9 @@ class DraPlugin:
         self, request: pb.NodeUnprepareResourcesRequest, context: grpc.aio.ServicerContext
     ) -> pb.NodeUnprepareResourcesResponse:
         response = pb.NodeUnprepareResourcesResponse()
-        for claim in request.claims:
-            problem = self._claims.unprepare(claim.uid)
-            response.claims[claim.uid].error = f"{self.full_name}: {problem}" if problem else ""
+        for uid in (claim.uid for claim in request.claims):
+            problem = self._claims.unprepare(uid)
+            response.claims[uid].error = f"{self.full_name}: {problem}" if problem else ""
         return response
 
 
@@ -4923,6 +4781,7 @@ class DraSide(KubeletSide):
         self._claims = Claims(options, self._api, host)
         self._publisher = Publisher(self._api, options.node_name, self.domain, self._claims.check)
         self._plugin = DraPlugin(options, self._claims, self._publisher.refresh)
+        self._plan: Plan | None = None
         self._gone_since: Mapping[str, float] = {}  # time.monotonic(), by name of a device in the slices
         self._wanted_from: tuple[object, ...] = ()  # what the slices were last derived from
         self._is_standby = False  # another instance serves the driver
@@ -4935,36 +4794,29 @@ class DraSide(KubeletSide):
         return True  # nothing waits for a kubelet, which registers the driver by itself
 
     async def _check(self) -> None:
-        """Check the driver's sockets, that of the kubelet, and the CDI files."""
-        if self._claims.plan:  # until then, nobody knows what to publish
-            await self._check_sockets()
-            self._plugin.check_kubelet()
-            self._claims.look()
-            self._publish()
-
-    def apply(self, plan: Plan) -> None:
-        """Publish PLAN, and have the CDI files name the nodes that their devices have now."""
-        self.slots = slots_by_device_name(plan)
-        self._claims.follow(plan, self.slots)
-        self.check_now()
-
-    def _publish(self) -> None:
-        """Publish what is offered, and the prepared devices that are gone and not offered. If another device has the
-        name of one by now, it must wait."""
-        now, plan, lost = time.monotonic(), self._claims.plan, self._claims.lost
+        """Check the driver's sockets, that of the kubelet, and the CDI files, and publish what is offered, and the
+        prepared devices that are gone and not offered. If another device has the name of one by now, it must wait."""
+        if not self._plan:  # until then, nobody knows what to publish
+            return
+        await self._check_sockets()
+        self._plugin.check_kubelet()
+        self._claims.look(self._plan, self.slots)
+        now, lost = time.monotonic(), self._claims.lost
         since_when = {name: slot.device.since for name, slot in self.slots.items() if slot.device.is_gone}
         since_when.update((name, self._gone_since.get(name, now)) for name in lost)
         self._gone_since = since_when
         evicted = {name for name, since in since_when.items() if now - since >= self._options.gone_grace}
-        wanted_from = (plan, lost.keys(), evicted)
-        if wanted_from == self._wanted_from:
-            return
-        self._wanted_from = wanted_from
-        wanted: dict[str, Slot | ClaimedDevice] = {**self.slots, **lost}
-        devices = (slice_device(name, device, self.domain, name in evicted) for name, device in wanted.items())
-        self._publisher.want(devices, list(plan.resources if plan else ()))
+        wanted_from = (self._plan, lost.keys(), evicted)
+        if wanted_from != self._wanted_from:
+            self._wanted_from = wanted_from
+            wanted: dict[str, Slot | ClaimedDevice] = {**self.slots, **lost}
+            devices = (slice_device(name, device, self.domain, name in evicted) for name, device in wanted.items())
+            self._publisher.want(devices, list(self._plan.resources))
 
-    # -- what the status document says -----------------------------------------------------------------------------
+    def apply(self, plan: Plan) -> None:
+        """Publish PLAN, and have the CDI files name the nodes that their devices have now."""
+        self._plan, self.slots = plan, slots_by_device_name(plan)
+        self.check_now()
 
     @property
     def problem(self) -> str:
@@ -4985,7 +4837,6 @@ class DraSide(KubeletSide):
     def describe(self) -> Document:
         """The parts of the status document about the kubelet and about DRA."""
         api, plugin, publisher = self._api, self._plugin, self._publisher
-        claims = self._claims.prepared.values()
         dra = {
             "problem": self.problem,
             "registered": plugin.is_registered,
@@ -4996,17 +4847,15 @@ class DraSide(KubeletSide):
             "api_server": api.url,
             "api_reachable": not api.problem,
             "api_requests": [{"verb": verb, "code": code, "count": n} for (verb, code), n in api.requests.items()],
-            "claims_prepared": len(claims),
+            "claims_prepared": len(self._claims.prepared),
             "claims": [
                 {"namespace": claim.namespace, "name": claim.name, "devices": [device.path for device in claim.devices]}
-                for claim in claims
+                for claim in self._claims.prepared.values()
             ],
             "prepare_errors": plugin.prepare_errors,
         }
         kubelet = {"answering": plugin.is_registered, "restarts": plugin.restarts, "plugin_dir": self.plugin_dir}
         return {"kubelet": kubelet, "dra": dra}
-
-    # -- the sockets -----------------------------------------------------------------------------------------------
 
     async def _check_sockets(self) -> None:
         """Serve the driver unless another instance does, and serve it again if a socket file was replaced."""
@@ -5015,30 +4864,27 @@ class DraSide(KubeletSide):
             await self._end()
         if self._servers:
             return
+        sockets, self._is_standby = dra_sockets(self._options), False
+        problem = f"another instance serves the driver {self.domain}; waiting for its end"
         try:
-            for path in dra_sockets(self._options):
+            for path in sockets:
                 os.makedirs(os.path.dirname(path), 0o750, exist_ok=True)
-            self._is_standby = not all(map(self._leases.take, dra_sockets(self._options)))
+            self._is_standby = not all(map(self._leases.take, sockets))
             if not self._is_standby:
-                return await self._serve()
-            problem = f"another instance serves the driver {self.domain}; waiting for its end"
+                for path in sockets:
+                    self._servers.append(UnixServer(path, self._plugin.add_to))
+                    await self._servers[-1].start()
+                    self._servers[-1].publish()
+                # Nothing is awaited from here on until all is checked; only then are the kubelet's calls answered.
+                self._claims.open()
+                self._plugin.note_sockets(True)
+                self._publishing = asyncio.ensure_future(self._publisher.run())
+                self._publishing.add_done_callback(self._fail_with)
+                return
         except OSError as error:
-            self._is_standby = False
             problem = f"cannot serve in {error.filename or self._options.kubelet_dir}: {error.strerror}"
         await self._end()
         board.set("driver", problem, "not-served")
-
-    async def _serve(self) -> None:
-        """Listen, take up what is prepared, and publish. Raises OSError."""
-        for path in dra_sockets(self._options):
-            self._servers.append(UnixServer(path, self._plugin.add_to))
-            await self._servers[-1].start()
-            self._servers[-1].publish()
-        # Nothing is awaited from here on until run() has looked at all, and only then are the kubelet's calls answered.
-        self._claims.open()
-        self._plugin.note_sockets(True)
-        self._publishing = asyncio.ensure_future(self._publisher.run())
-        self._publishing.add_done_callback(self._fail_with)
 
     async def _end(self) -> None:
         """Stop to serve and to publish. The slices stay for the next instance, which may serve before this returns."""
@@ -5064,8 +4910,8 @@ class DraSide(KubeletSide):
 def describe_plan(plan: Plan, resources: Sequence[Document], domain: str) -> Document:
     """What PLAN offers (RESOURCES, described already), what it leaves out, and its rules that matched nothing."""
 
-    def offer(name: str, path: str, line: int) -> Document:
-        return {"resource": f"{domain}/{name}", "path": f"/dev/{path}", "line": line}
+    def offer(name: str, device: Device) -> Document:
+        return {"resource": f"{domain}/{name}", "path": f"/dev/{device.path}", "line": device.line}
 
     shared = find_shared(plan).items()
     return {
@@ -5910,10 +5756,10 @@ def check_length(path: str, too_long: int, advice: str) -> None:
 
 def check_dra(options: argparse.Namespace) -> str:
     """The directory of the DRA driver, which is made. Raises Problem if OPTIONS do not allow one."""
-    if len(options.domain) > MAX_DRIVER_NAME or not options.domain[0].isalpha():
+    if len(options.domain) > 63 or not options.domain[0].isalpha():
         raise Problem(
             f"with --api dra, the domain is the name of the driver, which must begin with a letter and have at most "
-            f"{MAX_DRIVER_NAME} characters; {options.domain} does not"
+            f"63 characters; {options.domain} does not"
         )
     if not _OBJECT_NAME.fullmatch(options.node_name):
         raise Problem(f'--node-name: "{options.node_name}" is not the name of a Node; kubectl get nodes shows them')
@@ -6246,7 +6092,7 @@ def check(options: argparse.Namespace) -> None:
     devices = scan_once(options)
     lines = [f"{options.conf or DEFAULT_CONF_NAME}: good, {pluralize(len(devices.conf.rules), 'rule')}"]
     lines += rule_notes(devices.conf.rules, options.domain)
-    lines += [printable(_with_names(*each)) for each in describe_shared(find_shared(devices.plan)).items()]
+    lines += [printable(_with_names(*each)) for each in describe_shared(devices.plan).items()]
     write_output("".join(f"{line}\n" for line in lines))
 
 
@@ -6279,7 +6125,7 @@ def dry_run(options: argparse.Namespace) -> int:
     for name, each in slots.items():
         lines = ["nothing: it has no slot"]
         if each:
-            device = min(each, key=lambda device: not each[device].healthy)  # the first that is, or the first
+            device = min(each, key=lambda device: bool(each[device].device.problem))  # the first that is, or the first
             slot = each[device]
             try:
                 lines = _try_slot(slot, options.dev_dir, is_dra)

@@ -854,6 +854,8 @@ class DraKubelet(SimulatedDraKubelet):
         self._watcher: asyncio.Task[None] | None = None
 
     def up(self) -> DraKubelet:
+        """Start, or start again."""
+        self.down()
         self.do(self._remove_slices())
         self._seen.clear()
         self._watcher = asyncio.run_coroutine_threadsafe(self._watch(), self.loop)  # type: ignore[assignment]
