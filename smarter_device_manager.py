@@ -20,11 +20,13 @@ own /dev. The daemon follows hot-plugged devices, edits of the config file and r
     smarter_device_manager.py --manifest        print a manifest that runs it in a cluster, without an image of its own
 
 The chapters of this file: YAML, Expressions, Rules, Devices, Plan, Log and problems, Device side, Kubelet, Device
-plugins, DRA, Status, Daemon, Modes, Options, and an appendix of texts. Each of them needs only those above it.
+plugins, DRA, Status, Daemon, Modes, Options, and an appendix of texts. Each of them needs only those above it, apart
+from the texts.
 
 There are two threads. The main thread owns the device side, which is the config file and /dev; it sends whole plans to
-the gRPC thread. That one owns the kubelet side: one asyncio loop with every socket and stream. What passes between the
-two is immutable, so there are no locks. Threads that only write the log or read from sysfs keep neither waiting.
+the gRPC thread. That one owns the kubelet side: one asyncio loop with every socket and stream. Plans are immutable, and
+what else both threads use is changed one entry at a time, so there are no locks of ours. Further threads write the log
+and read sysfs, so that neither a slow reader of the log nor a slow driver holds these two up.
 
 Serving needs Python 3.9, grpcio 1.51 and protobuf 3.21, or newer; --list and --check need only Python.
 """
@@ -80,10 +82,10 @@ if TYPE_CHECKING:
 __version__ = "1.0.0"
 
 # ---------------------------------------------------------------------------------------------------------------------
-# YAML: a parser for a strict subset, because --list and --check must run where there is no YAML library.
-# The law: for any text it either returns exactly what PyYAML's safe_load() returns, or raises a ConfigError that says
-# where the problem is and what to write instead. Whoever extends the subset must keep the law, which the tests check
-# against PyYAML. The Rules chapter relies on the line and column of each Node for its own messages.
+# YAML: a parser for a strict subset, because --list and --check must run where there is no YAML library. The law: for
+# any text it either returns exactly what PyYAML's safe_load() returns, or raises a ConfigError that says where the
+# problem is and what to write instead. Whoever extends the subset must keep the law, which the tests check against
+# PyYAML. The Rules chapter relies on the line and column of each Node for its own messages.
 # ---------------------------------------------------------------------------------------------------------------------
 
 _MAX_DEPTH = 50  # levels of nesting; this also limits the parser's recursion
@@ -1621,8 +1623,9 @@ def read_attribute(folder: str, name: str) -> str | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Plan: from rules, the contents of /dev and what sysfs says to resources by name. Immutable data and pure functions.
-# The kubelet side compares two plans. A name, an ID or an order that changes here costs pods.
+# Plan: from rules, the contents of /dev and what sysfs says to resources by name. Immutable data and pure functions,
+# apart from Matcher, which remembers its searches. A device that is gone stays in the plan, Unhealthy, for
+# EXPIRY_SECONDS; then its offer ends. A name, an ID or an order that changes here costs pods.
 # ---------------------------------------------------------------------------------------------------------------------
 
 EXPIRY_SECONDS = 600.0  # a device that is gone for longer is no longer offered
@@ -2347,8 +2350,9 @@ def shorten_decode_error(record: logging.LogRecord) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Device side: the config file and /dev are followed, and each change makes a new plan. Belongs to the main thread. What
-# the daemon keeps for its next start is in files; those of an older version are ignored if they have another form.
+# Device side: the main thread reads the config file and looks at /dev once per --interval, and at once when the kernel
+# signals a change in a folder of /dev. Each change makes a new plan. What the daemon keeps for its next start is in
+# files; those of an older version are ignored if they have another form.
 # ---------------------------------------------------------------------------------------------------------------------
 
 DEFAULT_CONF_NAME = "the built-in default rules"
@@ -2725,9 +2729,9 @@ def watch_folders(watches: dict[str, Watch], paths: Sequence[str]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Kubelet: what the device plugin side and the DRA side share. A gRPC server on a Unix socket whose file others may
-# delete or replace, the connection to kubelet.sock, and the PodResources API. Everything from here on needs grpc, and
-# nothing here knows what is served. All of it runs on one asyncio loop, in the gRPC thread.
+# Kubelet: what the device plugin side and the DRA side are made of. A gRPC server on a Unix socket whose file others
+# may delete or replace, leases, the connection to kubelet.sock (device plugins only), and the PodResources API.
+# Serving needs grpc from here on. All of it runs on the asyncio loop of the gRPC thread.
 # ---------------------------------------------------------------------------------------------------------------------
 
 CHECK_SECONDS = 0.1  # between two checks of kubelet.sock
@@ -3212,22 +3216,24 @@ class KubeletSide(abc.ABC):
 #
 # Theory of operation. The kubelet sees each resource as a plugin of its own: a Unix socket in its directory, on which
 # we serve. We call Register on kubelet.sock; the kubelet dials our socket, asks for options, and then holds one stream
-# open (ListAndWatch), on which we send the whole list of slots whenever it changes. While that stream is open, the
-# resource is on the node. A pod that is given slots costs one call of Allocate; for rules by attributes, the kubelet
-# also asks before each start of a container (PreStartContainer), since it keeps Allocate's answer for the pod's life.
+# open (ListAndWatch), on which we send the whole list of slots whenever it changes. Only while that stream is open can
+# pods be given slots. For each container that gets some, the kubelet calls Allocate once (for a pool, it may call
+# GetPreferredAllocation before). It keeps the answer for the pod's life, so for rules by attributes it also asks
+# before each start of the container (PreStartContainer).
 #
-# DevicePluginSide is given each new plan. It starts, updates or ends one Registration per resource, and wakes them when
-# kubelet.sock or a socket of theirs changes. Registration.run() is the life of one resource, from top to bottom: wait
-# for a kubelet; serve under a temporary name; wait for the lease of the socket's name, which another instance may have,
-# and give the socket that name; register; watch the stream; and when the kubelet is another one, or anything went
-# wrong, end the server and begin again. Plugin answers the kubelet's calls: it knows the resource, HostDevices knows
-# what is in /dev at this moment.
+# DevicePluginSide is given each new plan. It starts, updates, replaces (if the kubelet must learn new options) or ends
+# one Registration per resource, and wakes them when kubelet.sock or a socket of theirs changes. Registration.run() is
+# the life of one resource, from top to bottom: wait for a kubelet; serve under a temporary name; wait for the lease of
+# the socket's name, which another instance may have, and give the socket that name; register; watch the stream; and
+# when the kubelet is another one, or anything went wrong, end the server and begin again. Plugin answers the kubelet's
+# calls: it knows the resource, HostDevices knows what is in /dev at this moment.
 #
 # Three facts about the kubelet explain the order of things. When it starts, it removes every socket in its directory,
 # so everything begins again with each new kubelet.sock; while it is down, its dead socket stays, and what is served
-# stays as it is. When an older stream of a resource ends, it disconnects the newest client of that resource; so the old
-# server ends before anything is registered again, and before the lease is given back. And what is not registered when a
-# pod starts fails that pod for good; so nothing here waits for a poll where the kernel can signal a change.
+# stays as it is. When an older stream of a resource ends, the kubelet disconnects the newest client of that resource;
+# so the old server ends before anything is registered again, and before the lease is given back. If a resource is not
+# registered when the kubelet admits a pod that asks for it, that pod fails for good; so nothing here waits for a poll
+# if the kernel can signal the change.
 # ---------------------------------------------------------------------------------------------------------------------
 
 MAX_CONTAINERS = 100  # in one request; the kubelet asks for one at a time
@@ -3725,26 +3731,33 @@ class DevicePluginSide(KubeletSide):
 # ---------------------------------------------------------------------------------------------------------------------
 # DRA: the other way to the kubelet, Dynamic Resource Allocation (resource.k8s.io/v1, Kubernetes 1.34).
 #
-# Theory of operation. Each slot of the plan is a device of a ResourceSlice on the API server, under a name that follows
-# from path and slot number alone. The scheduler allocates devices to a pod's ResourceClaim. The kubelet then has this
-# driver prepare the claim: Claims reads on the API server what it was allocated, writes a CDI file that says which
-# nodes and env the container runtime is to add, and answers with the names of the CDI devices in it. The runtime reads
-# the file at each start of a container. When the pod has ended, the kubelet has the claim unprepared: the file goes.
+# Theory of operation. Each slot of the plan is a device of a ResourceSlice on the API server, under a name that
+# follows from path and slot number alone. The scheduler allocates devices to a pod's ResourceClaim. The kubelet then
+# has this driver prepare the claim: Claims reads on the API server what it was allocated, writes a CDI file that says
+# which nodes and env the container runtime is to add, and answers with the names of the CDI devices in it. The runtime
+# reads the file at each start of a container. When the pod has ended, the kubelet calls NodeUnprepareResources, and
+# Claims removes the file. The kubelet finds the driver by a socket in plugins_registry: it asks there for the driver's
+# own socket (GetInfo), and says whether it took the driver (NotifyRegistrationStatus).
 #
 # Who owns what: Publisher the slices and the DeviceClasses; Claims what is prepared, and CdiFiles the files of it;
 # DraPlugin what the kubelet calls, and whether the kubelet has the driver; DraSide the sockets and the lease, and so
-# whether all of this runs. What is wanted follows from the plan, the claims and the time, by pure functions. Every
-# second, and when the plan or the CDI folder changes, it is derived again, and what differs is written.
+# whether all of this runs. What is wanted follows from the plan, the claims, /dev and the time. The driver derives it
+# again at least every second, and when the plan or the CDI folder changes. It repairs CDI files at once; it compares
+# the slices with those on the API server after a change, and every 50 s.
 #
-# The CDI files are the only memory, so what is prepared survives a restart of the driver. A device belongs to one claim
-# until the kubelet unprepares that, or the API server says for GONE_SECONDS that it has no such claim. Nothing is
-# awaited between looking who has a device and writing the file, so no two claims get it. A file that cannot be read
-# keeps its devices taken until the API server has said whose they are. Slices and sockets are made again at each start.
+# Its memory is the CDI files, and beside each a link that names the claim; so what is prepared survives a restart of
+# the driver. A device belongs to one claim (adminAccess takes it from nobody) until the kubelet unprepares that claim,
+# or the API server has said twice, GONE_SECONDS apart, that it does not exist. The driver asks only about claims whose
+# files it found at its start, and when another claim wants the device. Nothing is awaited between looking who has a
+# device and writing the file, so no two claims get it. While a file cannot be read, no other claim is prepared, until
+# the API server has said which devices it has. Sockets are made again at each start. The slices outlive the driver:
+# the next one compares them with what it wants, and writes them only if they differ.
 #
-# A device that goes is tainted NoSchedule at once, and NoExecute, which evicts its pod, after --gone-grace. Its CDI
-# device is renamed meanwhile (GONE), so that no container starts with whatever is at its path; that it was gone is
-# remembered there too, so another stick at this path is not taken for it. A device that is there, but that no rule
-# names or chooses any more, stays with its pod: the config file was edited, and no pod is lost for that.
+# A device that goes is tainted NoSchedule at once, and NoExecute, which evicts its pod, after --gone-grace. Until it
+# is back, its CDI device has another name (with GONE at its end), so that no container starts with whatever is at its path.
+# A restarted driver sees by this name that the device was gone, and does not take another stick at that path for it. A
+# device that is there, but that no rule names or chooses any more, stays with its pod: the config file was edited, and
+# no pod is lost for that.
 # ---------------------------------------------------------------------------------------------------------------------
 
 MAX_SLICE_DEVICES = 64  # the API takes 128, but only 64 once one of them has a taint
@@ -5554,7 +5567,8 @@ class StatusServer:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Daemon: the thread of the kubelet side, and the loop of the main thread, which waits for signals. The kernel signals
-# changes in folders, the kubelet side and administrators ask by signals, and the service manager is told in between.
+# changes in /dev (SIGURG) and in the folder that the kubelet side watches (SIGIO). The kubelet side asks for a full
+# scan by SIGUSR1, and an administrator by SIGHUP. Between signals, the main thread pings the service manager.
 # ---------------------------------------------------------------------------------------------------------------------
 
 SCAN_SIGNAL = signal.SIGUSR1  # the kubelet side asks the device side to scan everything
