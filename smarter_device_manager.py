@@ -2155,10 +2155,8 @@ def log_internal_error(sentence: str) -> None:
 
 
 class Problems:
-    """What is wrong now, by subject: each change is logged once, and the document of Status shows it.
-
-    A subject is one thread's. Resources are the gRPC thread's; equal events of several of them are logged as one.
-    """
+    """What is wrong now, by subject: each change is logged once, and the document of Status shows it. A subject is one
+    thread's. Resources are the gRPC thread's; equal events of several of them are logged as one."""
 
     GROUP_SECONDS, MAX_GROUP_SECONDS = 0.2, 2.0  # after the last and the first of equal events, they are logged
     MAX_SUBJECTS = 5_000  # of more, the oldest are forgotten; the kubelet names some
@@ -2217,10 +2215,8 @@ def join_names(names: Sequence[str]) -> str:
 
 
 class EventFormatter(logging.Formatter):
-    """One line per event: a JSON object if IS_JSON, else time, level, sentence, then key=value.
-
-    As text, the lines of a traceback follow, indented. Only fields have a "=" between two words; in texts from outside,
-    such as a value in sysfs, it is escaped."""
+    """One line per event: a JSON object if IS_JSON, else time, level, sentence, key=value, and below that a traceback.
+    Only fields have a "=" between two words; in texts from outside, such as a value in sysfs, it is escaped."""
 
     def __init__(self, is_json: bool) -> None:
         super().__init__()
@@ -2252,10 +2248,8 @@ def event_of(record: logging.LogRecord) -> Document:
 
 
 class LogWriter(logging.Handler):
-    """Writes lines to stderr on a thread of its own, because a write may wait for the reader.
-
-    Lines that do not fit into its queue, or that cannot be written, are dropped and counted. As all that ends with the
-    process, the thread and the descriptor need no end: waiting for the reader could take forever."""
+    """Writes lines to stderr on a thread of its own, which ends with the process, because a write may wait for ever.
+    Lines that do not fit into its queue, or that cannot be written, are dropped and counted."""
 
     MAX_LINES = 1000  # that are not written yet
     FLUSH_SECONDS = 0.3  # to write the last lines when the process ends
@@ -2284,10 +2278,15 @@ class LogWriter(logging.Handler):
     def _run(self) -> None:
         reported = 0
         while True:
-            try:
-                self._write(f"{self._lines.get()}\n".encode("utf-8", "backslashreplace"))
-            except (OSError, ValueError):
-                log_counts.dropped_lines += 1
+            data = f"{self._lines.get()}\n".encode("utf-8", "backslashreplace")
+            while data:
+                try:  # not sys.stderr.write(): while it waits, it holds a lock that Python needs in order to exit
+                    data = data[os.write(self._descriptor, data) :]
+                except BlockingIOError:  # another process made it non-blocking
+                    select.select([], [self._descriptor], [])
+                except OSError:
+                    log_counts.dropped_lines += 1
+                    break
             else:
                 dropped = log_counts.dropped_lines - reported
                 if dropped and self._lines.qsize() <= self.MAX_LINES // 2:
@@ -2295,14 +2294,6 @@ class LogWriter(logging.Handler):
                     sentence = f"dropped {pluralize(dropped, 'line')} of the log, because nobody read it"
                     log_event("log-lines-dropped", sentence, logging.ERROR, lines=dropped)
             self._lines.task_done()
-
-    def _write(self, data: bytes) -> None:
-        # Not sys.stderr.write(): a write that waits would hold a lock that Python needs in order to exit.
-        while data:
-            try:
-                data = data[os.write(self._descriptor, data) :]
-            except BlockingIOError:  # another process made it non-blocking
-                select.select([], [self._descriptor], [])
 
 
 def utc(seconds: float) -> str:
@@ -2328,9 +2319,7 @@ def printable(text: str) -> str:
 class EventRing(logging.Handler):
     """Keeps the last 100 events as documents, the newest first. New ones replace the sequence; they never change it."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.events: Sequence[Document] = ()
+    events: Sequence[Document] = ()
 
     def emit(self, record: logging.LogRecord) -> None:
         if hasattr(record, "event"):
@@ -2342,11 +2331,10 @@ class EventRing(logging.Handler):
 def shorten_decode_error(record: logging.LogRecord) -> bool:
     """A filter for grpc's loggers: bytes that are not a message are no bug of ours, and need no traceback."""
     error = record.exc_info[1] if record.exc_info else None
-    if type(error).__name__ == "DecodeError":
-        record.msg = "a client or the kubelet sent bytes that are not a valid protobuf message: %s"
-        record.args, record.exc_info = (error,), None
-        record.levelno, record.levelname = logging.WARNING, "WARNING"
-    return True
+    is_decode_error = type(error).__name__ == "DecodeError"
+    if is_decode_error:
+        log.warning("a client or the kubelet sent bytes that are not a valid protobuf message: %s", error)
+    return not is_decode_error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2357,9 +2345,7 @@ def shorten_decode_error(record: logging.LogRecord) -> bool:
 
 DEFAULT_CONF_NAME = "the built-in default rules"
 WITHOUT_CONF = f"no config file is given, so {DEFAULT_CONF_NAME} are used; --conf FILE names one"
-# The kernel sends it when something changed in a folder of /dev. However often it is sent, it is pending only once; its
-# default is to be ignored.
-FOLDER_SIGNAL = signal.SIGURG
+FOLDER_SIGNAL = signal.SIGURG  # of a change in a folder of /dev; it is pending only once, and ignored by default
 MAX_WATCHED = 64  # folders of /dev, each of which takes a file descriptor
 FULL_SCAN_SECONDS = 60.0  # between two scans of all of /dev, even of folders whose times did not change
 
@@ -2387,16 +2373,15 @@ def write_file(path: str, temporary: str, data: bytes, mode: int, is_synced: boo
             os.close(folder)
 
 
+@dataclass
 class KeptFile:
     """The file PATH, in which this daemon keeps WHAT, a text, for its next start; none if PATH is empty. The file has a
     whole text: if a new one cannot be kept, the older one stays. KIND is a part of the names of events."""
 
     NOTHING = "[]"  # a text that needs no file
-
-    def __init__(self, path: str, what: str, kind: str) -> None:
-        self.path = path
-        self._what = what
-        self._kind = kind
+    path: str
+    what: str
+    kind: str
 
     def read(self, parse: Callable[[str], T]) -> T | None:
         """What PARSE makes of the text; None if there is none, or if it is ignored, which is logged."""
@@ -2405,16 +2390,13 @@ class KeptFile:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
-            problem = getattr(error, "strerror", "") or str(error)
-            sentence = f"{self._what}, kept in {self.path}, is ignored: {problem}"
-            log_event(f"kept-{self._kind}-ignored", sentence, logging.WARNING)
+            sentence = f"{self.what}, kept in {self.path}, is ignored: {getattr(error, 'strerror', '') or error}"
+            log_event(f"kept-{self.kind}-ignored", sentence, logging.WARNING)
             return None
 
     def keep(self, text: str) -> None:
-        """Keep TEXT, unless the file has it already. A failure is logged once; the next call tries again.
-
-        Another instance may keep another text in the same file: an older one, too, just before it ends.
-        """
+        """Keep TEXT, unless the file has it: another instance may keep another one there, even an older one. A failure
+        is logged once; the next call tries again."""
         kept = self.NOTHING
         with contextlib.suppress(OSError, ConfigError):
             kept = read_conf(self.path) if self.path else text
@@ -2424,8 +2406,8 @@ class KeptFile:
             write_file(self.path, f"{self.path}.{os.urandom(8).hex()}", text.encode(), 0o600)
             board.set(self.path, "")
         except OSError as error:
-            sentence = f"cannot keep {self._what} for the next start: {self.path}: {error.strerror}"
-            board.set(self.path, sentence, f"{self._kind}-not-kept")
+            sentence = f"cannot keep {self.what} for the next start: {self.path}: {error.strerror}"
+            board.set(self.path, sentence, f"{self.kind}-not-kept")
 
 
 def kept_path(folder: str, domain: str, conf: str) -> str:
@@ -2435,11 +2417,9 @@ def kept_path(folder: str, domain: str, conf: str) -> str:
 
 
 def format_kept_devices(plan: Plan, boot: str) -> str:
-    """The devices in PLAN that rules chose by attributes, for a KeptFile. BOOT is the ID of this boot.
-
-    After a restart of the daemon, the kubelet may ask whether a container with such a device may start. If another
-    device has taken its place, the kept one is still offered, Unhealthy, and the container is refused.
-    """
+    """The devices in PLAN that rules chose by attributes, for a KeptFile; BOOT is the ID of this boot. If another one
+    has taken the place of such a device at the next start, the kept one is still offered, Unhealthy, and a container
+    that was given it may not start again."""
     rows = []
     for name, resource in plan.resources.items():
         for device in resource.devices:
@@ -2450,11 +2430,9 @@ def format_kept_devices(plan: Plan, boot: str) -> str:
 
 
 def parse_kept_devices(text: str, boot: str) -> Plan:
-    """The plan that TEXT of format_kept_devices() is from, as far as make_plan() needs it of its previous plan.
-
-    Its devices have no right to their resources' names, unlike those of a daemon that goes on, so all resources are
-    pools. Raises ValueError, TypeError or RecursionError if the text was changed.
-    """
+    """The plan that TEXT of format_kept_devices() is from, as far as make_plan() needs it of its previous plan. Its
+    devices have no right to their resources' names, unlike those of a daemon that goes on, so all resources are pools.
+    Raises ValueError, TypeError or RecursionError if the text was changed."""
     devices: dict[str, list[Device]] = {}
     for row in json.loads(text):
         json.dumps(row, ensure_ascii=False).encode()  # or it has half a character, which nothing can print
@@ -2483,10 +2461,7 @@ class ConfFile:
 
     def follow(self, reread: bool = False) -> bool:
         """Put the rules of the file in force if they changed and are good; whether there are new ones. Raises Problem
-        at the first call if there are none.
-
-        An error in it is logged once, and again if REREAD. A text that was refused is not parsed again unless REREAD.
-        """
+        at the first call if there are none. Only if REREAD, a refused text is parsed, and its error logged, again."""
         old_rules, old_error, problem, text = self.rules, self.error, "", None
         try:
             text = read_conf(self.path) if self.path else DEFAULT_CONF
@@ -2513,10 +2488,39 @@ class ConfFile:
             self.read_at = time.time()
             if old_rules and (old_error or has_changed):
                 self.reloads += 1
-                count = len(self.rules)
-                log_event("conf-reloaded", "the config file was read again", conf=self.path, rules=count)
+                log_event("conf-reloaded", "the config file was read again", conf=self.path, rules=len(self.rules))
         self._kept.keep(self.text)
         return has_changed
+
+
+class Watch:
+    """Has the kernel send a signal to this process when a name in a directory is made, removed or renamed, and
+    WITH_CONTENT also when a file in it is written. This is F_NOTIFY of fcntl(2): one signal for the first change, then
+    it must be requested again. SIGIO must be blocked in every thread, or it ends the process."""
+
+    def __init__(self, path: str, signal_number: int = signal.SIGIO, with_content: bool = False) -> None:
+        self._path = path
+        self._signal = signal_number
+        self._changes = fcntl.DN_CREATE | fcntl.DN_DELETE | fcntl.DN_RENAME | (with_content and fcntl.DN_MODIFY)
+        self._directory = -1  # its descriptor
+
+    def ask(self) -> bool:
+        """Request a signal for the next change, once however often this is called. Returns whether one will come."""
+        try:
+            if self._directory < 0 or not os.path.samestat(os.fstat(self._directory), os.stat(self._path)):
+                self.close()  # the path leads to another directory now
+                self._directory = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY)
+                fcntl.fcntl(self._directory, fcntl.F_SETSIG, self._signal)
+            fcntl.fcntl(self._directory, fcntl.F_NOTIFY, self._changes)
+        except OSError:
+            return False  # the directory is missing, or the kernel was built without CONFIG_DNOTIFY
+        return True
+
+    def close(self) -> None:
+        """Request no more signals."""
+        if self._directory >= 0:
+            os.close(self._directory)
+            self._directory = -1
 
 
 class DeviceSide:
@@ -2540,6 +2544,7 @@ class DeviceSide:
         self._kept_text = KeptFile.NOTHING  # of the plan
         self._boot = read_attribute("/proc/sys/kernel/random", "boot_id") or ""
         self._next_full_scan = 0.0
+        self._watches: dict[str, Watch] = {}  # by folder
 
     def start(self) -> None:
         """Make the first plan. Raises Problem if there are no good rules or no DEV_DIR."""
@@ -2552,8 +2557,7 @@ class DeviceSide:
         self.turn()
 
     def turn(self, full: bool = False, reread: bool = False) -> Plan | None:
-        """Look for changes, everywhere if FULL or REREAD, which is that of ConfFile.follow(); the new plan if there is
-        one."""
+        """Look for changes, everywhere if FULL or REREAD (see ConfFile.follow()); the new plan if there is one."""
         now, before = time.monotonic(), self.plan
         full = full or reread or now >= self._next_full_scan
         has_changed = self.conf.follow(reread)
@@ -2588,13 +2592,17 @@ class DeviceSide:
             self._next_full_scan = min([now + FULL_SCAN_SECONDS, *expiry_times(self.plan)])
         return None if self.plan is before else self.plan
 
-    def folders(self) -> list[str]:
-        """The folders of /dev in the order in which they are worth a watch: /dev, those with devices that are offered,
-        and the others by their depth."""
+    def watch(self) -> None:
+        """Have the kernel send FOLDER_SIGNAL when something comes or goes in a folder of /dev. Of too many, these have
+        a watch: /dev, those with devices that are offered, the least deep; the poll must do for the others."""
         used = {path for each in devices_of(self.plan) for path in (each.path, *(node.path for node in each.nodes))}
         used |= {path.rpartition("/")[0] for path in used}
         paths = sorted(self.snapshot.folders, key=lambda path: (path != "", path not in used, path.count("/"), path))
-        return [f"{self._dev_dir}/{path}" for path in paths]
+        del paths[min(MAX_WATCHED, os.sysconf("SC_OPEN_MAX") // 16) :]
+        for path in self._watches.keys() - set(paths):
+            self._watches.pop(path).close()
+        for path in paths:
+            self._watches.setdefault(path, Watch(f"{self._dev_dir}/{path}", FOLDER_SIGNAL)).ask()
 
     def describe(self) -> Document:
         """Its part of the status document, as of the last turn."""
@@ -2635,7 +2643,7 @@ class ChangeLog:
 
     def take(self, plan: Plan) -> None:
         """Note what PLAN changes in what is offered and left out."""
-        states = {("", left.path, left.line): left.text for left in plan.left_out}
+        states = {("", f"/dev/{left.path}", left.line): left.text for left in plan.left_out}
         for name, resource in plan.resources.items():
             states.update(((name, device_path(device), 0), device.problem) for device in resource.devices)
         for subject in states.keys() | self._states.keys():
@@ -2660,72 +2668,23 @@ class ChangeLog:
             return
         groups: dict[tuple[str, str, int], list[str]] = {}
         rested = {key: known for key, known in self._states.items() if known.logged + self.CHANGE_SECONDS <= now}
-        for subject, known in sorted(rested.items(), key=lambda item: item[0]):
-            change = _describe_change(subject[0], known) if known.changes else None
-            if change:
-                groups.setdefault(change, []).append(subject[1] if subject[0] else f"/dev/{subject[1]}")
+        for (resource, path, line), known in sorted(rested.items(), key=lambda item: item[0]):
+            event, sentence, level = "plugged", "offered" if known.said is None else "Healthy again", logging.INFO
+            if known.now:
+                event, sentence = ("unplugged", "Unhealthy") if resource else ("left-out", "left out")
+                sentence, level = f"{sentence}: {known.now}", logging.WARNING
+            elif known.now is None:
+                event, sentence = "retired", "no longer offered"
+            if known.changes > 1:
+                sentence += f" ({known.changes} changes since its last line)"
+            if known.changes and (resource or known.now):
+                groups.setdefault((event, sentence, level), []).append(path)
                 known.logged = now
             elif known.now is None:
-                del self._states[subject]
+                del self._states[resource, path, line]
             known.said, known.changes = known.now, 0
         for (event, sentence, level), paths in groups.items():
             log_event_for_all(event, sentence, level, "devices", paths)
-
-
-def _describe_change(resource: str, known: _LoggedState) -> tuple[str, str, int] | None:
-    """The event, sentence and level for what is KNOWN of a device of RESOURCE, or of a path that is left out if that is
-    empty; None if there is nothing to say."""
-    count = f" ({known.changes} changes since its last line)" if known.changes > 1 else ""
-    if not resource:
-        return ("left-out", f"left out: {known.now}{count}", logging.WARNING) if known.now else None
-    if known.now is None:
-        return "retired", f"no longer offered{count}", logging.INFO
-    if known.now:
-        return "unplugged", f"Unhealthy: {known.now}{count}", logging.WARNING
-    return "plugged", f"{'offered' if known.said is None else 'Healthy again'}{count}", logging.INFO
-
-
-class Watch:
-    """Has the kernel send a signal to this process when a name in a directory is made, removed or renamed, and
-    WITH_CONTENT also when a file in it is written.
-
-    This is F_NOTIFY of fcntl(2): one signal for the first change, then it must be requested again. SIGIO must be
-    blocked in every thread and taken by sigtimedwait(2), or it ends the process.
-    """
-
-    def __init__(self, path: str, signal_number: int = signal.SIGIO, with_content: bool = False) -> None:
-        self._path = path
-        self._signal = signal_number
-        self._changes = fcntl.DN_CREATE | fcntl.DN_DELETE | fcntl.DN_RENAME | (with_content and fcntl.DN_MODIFY)
-        self._directory = -1  # its descriptor
-
-    def ask(self) -> bool:
-        """Request a signal for the next change, once however often this is called. Returns whether one will come."""
-        try:
-            if self._directory < 0 or not os.path.samestat(os.fstat(self._directory), os.stat(self._path)):
-                self.close()  # the path leads to another directory now
-                self._directory = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY)
-                fcntl.fcntl(self._directory, fcntl.F_SETSIG, self._signal)
-            fcntl.fcntl(self._directory, fcntl.F_NOTIFY, self._changes)
-        except OSError:
-            return False  # the directory is missing, or the kernel was built without CONFIG_DNOTIFY
-        return True
-
-    def close(self) -> None:
-        """Request no more signals."""
-        if self._directory >= 0:
-            os.close(self._directory)
-            self._directory = -1
-
-
-def watch_folders(watches: dict[str, Watch], paths: Sequence[str]) -> None:
-    """Have the kernel send FOLDER_SIGNAL when something comes or goes in one of the folders PATHS, and in no other one.
-    Folders beyond the limit of WATCHES, or that the kernel cannot watch, are left to the poll."""
-    paths = paths[: min(MAX_WATCHED, os.sysconf("SC_OPEN_MAX") // 16)]
-    for path in watches.keys() - set(paths):
-        watches.pop(path).close()
-    for path in paths:
-        watches.setdefault(path, Watch(path, FOLDER_SIGNAL)).ask()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5573,11 +5532,9 @@ class StatusServer:
 
 SCAN_SIGNAL = signal.SIGUSR1  # the kubelet side asks the device side to scan everything
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, SCAN_SIGNAL)
-# SIGIO tells of changes in the plugin directory, as FOLDER_SIGNAL does of those in /dev.
 BLOCKED_SIGNALS = (*SIGNALS, FOLDER_SIGNAL, signal.SIGIO)  # in every thread; the main thread waits for them
 GATHER_CHANGES_SECONDS = 0.02  # to wait after FOLDER_SIGNAL, because one change in /dev is followed by others
 REST_SECONDS = 0.05  # at least, between a scan of /dev and the next one because of FOLDER_SIGNAL
-REST_FACTOR = 9  # or this many times what the scan took, so that scans take at most a tenth of a core
 
 
 def mount_roots(folders: Iterable[str]) -> Mapping[str, str]:
@@ -5607,9 +5564,7 @@ def address_text(address: tuple[Any, ...]) -> str:
 
 
 def open_status(options: argparse.Namespace, devices: DeviceSide, side: KubeletSide) -> StatusServer | None:
-    """The status server for --listen; None without that option, or if the address cannot be used."""
-    if not options.listen:
-        return None
+    """The status server for --listen; None if the address cannot be used."""
     host = options.listen[0]  # all addresses if it is empty
     is_dual = host in ("", "::") and socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if is_dual or ":" in host else socket.AF_INET
@@ -5641,8 +5596,8 @@ class KubeletThread(threading.Thread):
         host = HostDevices(options.dev_dir, lambda: os.kill(os.getpid(), SCAN_SIGNAL))
         side = DraSide if options.api == "dra" else DevicePluginSide
         self._side: KubeletSide = side(options, host, self._loop, max_silence)
-        self._status = open_status(options, devices, self._side)
-        self._directory: tuple[int, ...] = ()  # identity of the plugin directory, as the main thread last found it
+        self._status = open_status(options, devices, self._side) if options.listen else None
+        self._directory: Identity | None = None  # the plugin directory, as the main thread last found it
         self._mounted = mount_roots(self._side.folders)
 
     def run(self) -> None:
@@ -5686,17 +5641,13 @@ class KubeletThread(threading.Thread):
     def check_directory(self) -> None:
         """Have the kubelet side look if the plugin directory was replaced, for which the kernel sends no signal. Raises
         Problem if a folder that is mounted here was deleted or moved: a new one in its place is invisible here."""
-        end = "so that the next start finds the one that is used now"
         for folder, now in mount_roots(self._mounted).items() if self._mounted else ():
+            problem = f"the directory that is mounted at {folder} was moved, from {self._mounted[folder]} to {now}"
             if now.endswith("//deleted"):
-                raise Problem(f"the directory {folder} was deleted, and only this mount keeps it; exiting, {end}")
-            if now != self._mounted[folder]:
-                where = f"the directory that is mounted at {folder}"
-                raise Problem(f"{where} was moved, from {self._mounted[folder]} to {now}; exiting, {end}")
-        before, self._directory = self._directory, ()
-        with contextlib.suppress(OSError):
-            found = os.stat(self._side.plugin_dir)
-            self._directory = found.st_dev, found.st_ino
+                problem = f"the directory {folder} was deleted, and only this mount keeps it"
+            if now.endswith("//deleted") or now != self._mounted[folder]:
+                raise Problem(f"{problem}; exiting, so that the next start finds the one that is used now")
+        before, self._directory = self._directory, socket_identity(self._side.plugin_dir)
         if self._directory != before:
             self.look()
 
@@ -5749,10 +5700,9 @@ def check_plugin_dir(path: str) -> str:
     try:
         os.listdir(f"{path}/.")
     except OSError as error:
-        raise Problem(
-            f"there is no directory {path} to use: {error.strerror}; is this a node with a kubelet, and are you root? "
-            "(--plugin-dir names the kubelet's directory; --dry-run works without a kubelet)"
-        ) from None
+        problem = f"there is no directory {path} to use: {error.strerror}"
+        options = "(--plugin-dir names the kubelet's directory; --dry-run works without a kubelet)"
+        raise Problem(f"{problem}; is this a node with a kubelet, and are you root? {options}") from None
     if "," in path:
         raise Problem(f"the path {path} has a comma, at which gRPC would split it; make a link to it without one")
     check_length(path, SHORTEST_NAME - socket_room(path), "make a link to it that has a shorter path")
@@ -5762,19 +5712,15 @@ def check_plugin_dir(path: str) -> str:
 def check_length(path: str, too_long: int, advice: str) -> None:
     """Raise Problem if the paths of sockets in the directory PATH are TOO_LONG by a byte or more."""
     if too_long > 0:
-        raise Problem(
-            f"the path {path} is {too_long} bytes too long: the sockets in it would have paths of more than "
-            f"{SOCKET_PATH_BYTES} bytes, which Unix does not allow; {advice}"
-        )
+        text = f"{too_long} bytes too long: the sockets in it would have paths of more than {SOCKET_PATH_BYTES} bytes"
+        raise Problem(f"the path {path} is {text}, which Unix does not allow; {advice}")
 
 
 def check_dra(options: argparse.Namespace) -> str:
     """The directory of the DRA driver, which is made. Raises Problem if OPTIONS do not allow one."""
     if len(options.domain) > 63 or not options.domain[0].isalpha():
-        raise Problem(
-            f"with --api dra, the domain is the name of the driver, which must begin with a letter and have at most "
-            f"63 characters; {options.domain} does not"
-        )
+        rule = "the domain is the name of the driver, which must begin with a letter and have at most 63 characters"
+        raise Problem(f"with --api dra, {rule}; {options.domain} does not")
     if not _OBJECT_NAME.fullmatch(options.node_name):
         raise Problem(f'--node-name: "{options.node_name}" is not the name of a Node; kubectl get nodes shows them')
     if not options.kube_api:
@@ -5836,7 +5782,6 @@ def serve(options: argparse.Namespace) -> int:
 
 def follow_devices(devices: DeviceSide, thread: KubeletThread, manager: ServiceManager, interval: float) -> None:
     """Send the plan, and another after each change of config file or /dev, until SIGTERM or SIGINT. Raises Problem."""
-    watches: dict[str, Watch] = {}
     changes = ChangeLog()
     watched: Snapshot | None = None  # the one whose folders are watched
     plan: Plan | None = devices.plan  # to be sent
@@ -5845,7 +5790,7 @@ def follow_devices(devices: DeviceSide, thread: KubeletThread, manager: ServiceM
         began = time.monotonic()
         if taken or devices.snapshot is not watched:
             watched = devices.snapshot
-            watch_folders(watches, devices.folders())  # before the scan, so that no change is missed
+            devices.watch()  # before the scan, so that no change is missed
         plan = devices.turn(full=taken == SCAN_SIGNAL, reread=taken == signal.SIGHUP) or plan
         if plan:
             changes.take(plan)
@@ -5854,7 +5799,7 @@ def follow_devices(devices: DeviceSide, thread: KubeletThread, manager: ServiceM
         plan = None
         thread.check_directory()
         now = time.monotonic()
-        rested = now + max(REST_SECONDS, REST_FACTOR * (now - began))
+        rested = now + max(REST_SECONDS, 9 * (now - began))  # so that scans take at most a tenth of a core
         due = max(now, min(began + interval, changes.due))
         if devices.snapshot is not watched:  # new folders may have more in them by now
             due = min(due, rested)
@@ -5864,9 +5809,7 @@ def follow_devices(devices: DeviceSide, thread: KubeletThread, manager: ServiceM
 
 def _take_signal(due: float, rested: float, thread: KubeletThread, manager: ServiceManager) -> int:
     """Wait until DUE for one of SIGNALS; that one, otherwise FOLDER_SIGNAL if it came, otherwise 0.
-
-    FOLDER_SIGNAL brings DUE forward, but not before RESTED. Meanwhile, SIGIO makes THREAD look, and MANAGER is pinged.
-    """
+    FOLDER_SIGNAL brings DUE forward, but not before RESTED. Meanwhile, SIGIO makes THREAD look, and MANAGER is pinged."""
     awaited = set(BLOCKED_SIGNALS)
     folder_signal = 0
     while True:
@@ -5885,11 +5828,9 @@ def _take_signal(due: float, rested: float, thread: KubeletThread, manager: Serv
 
 
 def restart_compiled() -> None:
-    """If this process had to compile the script, replace it by one that is given the byte code, in a file in memory.
-
-    Compiling takes 15 to 20 MB, which Python does not give back. Flags, options, name and working directory stay.
-    Returns if nothing was compiled, if this is imported or run by a debugger or profiler, and if anything fails.
-    """
+    """If this process had to compile the script, replace it by one that is given the byte code, in a file in memory:
+    Python does not give back the 15 to 20 MB that compiling takes. Flags, options, name and working directory stay.
+    Returns if nothing was compiled, if this is imported or run by a debugger or profiler, and if anything fails."""
     frame = sys._getframe()
     while frame.f_back and frame.f_code.co_name != "<module>":
         frame = frame.f_back
@@ -5903,8 +5844,7 @@ def restart_compiled() -> None:
 
         path = os.path.abspath(__file__)
         memory = os.memfd_create(os.path.basename(path), 0)  # inherited, unlike other descriptors
-        os.write(memory, marshal.dumps(frame.f_code))
-        os.lseek(memory, 0, os.SEEK_SET)
+        os.pwrite(memory, marshal.dumps(frame.f_code), 0)  # which leaves the position at the beginning
         begin = (
             f"__file__ = {path!r}; import marshal, sys; sys.path[:1] = [{os.path.dirname(os.path.realpath(path))!r}]; "
             f"sys.argv[0] = {sys.argv[0]!r}; exec(marshal.load(open({memory}, 'rb')))"

@@ -9365,11 +9365,7 @@ def test_the_log_as_json_is_an_object_per_line(node: Node, folder: Path, kubelet
 @pytest.mark.parametrize(
     ("told", "devices", "wanted"),
     [
-        (
-            'its product is "x level=CRITICAL y="',
-            "/dev/a",
-            r'its product is "x level\x3dCRITICAL y\x3d" devices=/dev/a',
-        ),
+        ('it is "x level=CRITICAL y="', "/dev/a", r'it is "x level\x3dCRITICAL y\x3d" devices=/dev/a'),
         ('its product is "" devices=/dev/mem"', "/dev/a", r'its product is "" devices\x3d/dev/mem" devices=/dev/a'),
         ('level="x"', "/dev/a", r'level\x3d"x" devices=/dev/a'),
         ("a\n2026 CRITICAL b", "/dev/a", r"a\n2026 CRITICAL b devices=/dev/a"),
