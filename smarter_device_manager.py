@@ -5597,7 +5597,7 @@ class KubeletThread(threading.Thread):
         side = DraSide if options.api == "dra" else DevicePluginSide
         self._side: KubeletSide = side(options, host, self._loop, max_silence)
         self._status = open_status(options, devices, self._side) if options.listen else None
-        self._directory: Identity | None = None  # the plugin directory, as the main thread last found it
+        self._directory: tuple[int, ...] = ()  # identity of the plugin directory, as the main thread last found it
         self._mounted = mount_roots(self._side.folders)
 
     def run(self) -> None:
@@ -5647,7 +5647,8 @@ class KubeletThread(threading.Thread):
                 problem = f"the directory {folder} was deleted, and only this mount keeps it"
             if now.endswith("//deleted") or now != self._mounted[folder]:
                 raise Problem(f"{problem}; exiting, so that the next start finds the one that is used now")
-        before, self._directory = self._directory, socket_identity(self._side.plugin_dir)
+        identity = socket_identity(self._side.plugin_dir) or ()
+        before, self._directory = self._directory, identity[:2]  # not its time: the files in it come and go
         if self._directory != before:
             self.look()
 
