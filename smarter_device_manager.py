@@ -5586,7 +5586,7 @@ class KubeletThread(threading.Thread):
             if now.endswith("//deleted") or now != self._mounted[folder]:
                 raise Problem(f"{problem}; exiting, so that the next start finds the one that is used now")
         identity = socket_identity(self._side.plugin_dir) or ()
-        before, self._directory = self._directory, identity[:2]  # not its time: the files in it come and go
+        before, self._directory = self._directory, identity[:2]  # not its time: files come and go
         if self._directory != before:
             self.look()
 
