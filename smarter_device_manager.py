@@ -2745,17 +2745,15 @@ MAX_HOLDERS = 10_000  # in such an answer: a node runs a few hundred pods
 CHANNEL_OPTIONS = (("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0))
 
 Identity = tuple[int, int, int]  # of a socket file: device, inode and time of modification in nanoseconds
+Method = TypeVar("Method", bound=Callable[..., Awaitable[Any]])
 
 
 def load_grpc(with_tls: bool = False) -> None:
-    """Import asyncio, grpc and the stubs into this module; only serving needs them. Raises Problem if they are missing.
-
-    Unless WITH_TLS, asyncio is kept from loading OpenSSL, which takes 4 MB and is only needed for the API server.
-    """
+    """Import asyncio, grpc and the stubs into this module. Raises Problem if they are missing. OpenSSL takes 4 MB, so
+    asyncio is kept from importing ssl unless WITH_TLS: an import of a module that is None fails."""
     global asyncio, grpc, pb, rpc
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # our own log says it better than grpc's core
     sys.path.append(os.path.dirname(os.path.realpath(__file__)))  # for the stubs; python3 -I leaves it out
-    # An import of a module that is None fails.
     is_hidden = not with_tls and sys.modules.setdefault("ssl", None) is None  # type: ignore[arg-type]
     try:
         import asyncio
@@ -2777,9 +2775,6 @@ def load_grpc(with_tls: bool = False) -> None:
         logging.getLogger(name).addFilter(shorten_decode_error)
 
 
-Method = TypeVar("Method", bound=Callable[..., Awaitable[Any]])
-
-
 def answered(method: Method) -> Method:
     """Wrap METHOD of a gRPC service that has a full_name: its caller gets an answer, be it an AllocationError or a bug.
     Without this, grpc sends none if the text of an exception is not UTF-8, and the kubelet waits for ever."""
@@ -2793,11 +2788,9 @@ def answered(method: Method) -> Method:
         except grpc.aio.InternalError:  # the client has gone, and grpc is about to cancel the call for that
             raise asyncio.CancelledError from None
         except Exception as error:
-            log_internal_error(f"{self.full_name}: {method.__name__} failed")
-            code, text = (
-                "INTERNAL",
-                f"{method.__name__} failed, which is a bug of the plugin: {type(error).__name__}: {error}",
-            )
+            failure = f"{method.__name__} failed"
+            log_internal_error(f"{self.full_name}: {failure}")
+            code, text = "INTERNAL", f"{failure}, which is a bug of the plugin: {type(error).__name__}: {error}"
         data = printable(f"{self.full_name}: {text}").encode()
         if len(data) > 2600:  # a header has 8 KiB at most, and one byte takes up to three
             data = data[:2600] + b"..."
@@ -2818,10 +2811,9 @@ def connect_error(path: str) -> OSError | None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.setblocking(False)
             probe.connect(path)
-    except BlockingIOError:  # somebody listens, and has many waiting
-        return None
     except OSError as error:
-        return error
+        if error.errno != errno.EAGAIN:  # somebody listens, and has many waiting
+            return error
     return None
 
 
@@ -2849,11 +2841,9 @@ async def wait_bounded(work: Awaitable[T], seconds: float) -> T:
 
 
 class UnixServer:
-    """A gRPC server on the Unix socket PATH with mode 0600. ADD_SERVICES adds the services to it.
-
-    start() makes it ready for clients; publish(), by whoever has the lease of PATH, lets them find it. Others may
-    delete or replace the socket file at any time; is_lost() tells.
-    """
+    """A gRPC server on the Unix socket PATH with mode 0600. ADD_SERVICES adds the services to it. start() makes it
+    ready for clients; publish(), by whoever has the lease of PATH, lets them find it. Others may delete or replace the
+    socket file at any time; is_lost() tells."""
 
     OPTIONS = (
         ("grpc.so_reuseport", 0),
@@ -2902,11 +2892,9 @@ class UnixServer:
 
 
 class Leases:
-    """Which instance serves which socket: a lock on one byte of the file PATH for each (F_SETLK of fcntl(2)).
-
-    The kernel frees the locks when a process ends, however it ends. An instance that waits has a shared lock on the
-    first byte, so that the other one can hand over its sockets one after another.
-    """
+    """Which instance serves which socket: a lock on one byte of the file PATH for each (F_SETLK of fcntl(2)), which the
+    kernel frees when a process ends, however it ends. An instance that waits has a shared lock on the first byte, so
+    that the other one can hand over its sockets one after another."""
 
     RETRY_SECONDS = 0.02  # between two tries to take a lease that another instance has
 
@@ -2983,15 +2971,12 @@ class Leases:
 
 
 class KubeletConnection:
-    """The kubelet that listens on kubelet.sock in FOLDER: its identity, whether it answers, and a channel to it.
-
-    ON_CHANGE is called when a kubelet answers that did not, and when it stops answering.
-    """
-
-    channel: grpc.aio.Channel  # to the kubelet that answered last; there is one once is_answering has been true
+    """The kubelet that listens on kubelet.sock in FOLDER. ON_CHANGE is called when one answers that did not, and when
+    it stops answering."""
 
     def __init__(self, folder: str, on_change: Callable[[], None]) -> None:
         self.folder = folder
+        self.channel: grpc.aio.Channel | None = None  # to the kubelet that answered last
         self.identity: Identity | None = None  # of kubelet.sock; None if there is none
         self.is_answering = False
         self.restarts = 0
@@ -3014,7 +2999,7 @@ class KubeletConnection:
             if is_met:
                 is_another = self._last_met not in (None, identity)
                 log_event("kubelet-restarted" if is_another else "kubelet-found", "the kubelet answers; registering")
-                if self._last_met:
+                if self.channel:
                     self._closing = asyncio.ensure_future(self.channel.close())
                 self.channel = grpc.aio.insecure_channel(unix_target(self._path), options=CHANNEL_OPTIONS)
                 self._last_met = identity
@@ -3024,7 +3009,7 @@ class KubeletConnection:
 
     async def close(self) -> None:
         """End the channel."""
-        if self._last_met:
+        if self.channel:
             await self.channel.close()
 
 
@@ -3039,14 +3024,12 @@ class Holder(NamedTuple):
 
 SlotsOfDra = Mapping[str, Slot]  # by the name that a DRA driver gave to the slot
 Holders = Mapping[str, Sequence[Holder]]  # by the resource's name without the domain
+Held = list[tuple[str, Holder]]  # slots of one container, each with its resource's name without the domain
 
 
-def find_holders(
-    response: pb.ListPodResourcesResponse, domain: str, slots: SlotsOfDra
-) -> Iterator[list[tuple[str, Holder]]]:
-    """The holders of slots of DOMAIN's resources, or of SLOTS of the DRA driver DOMAIN: per container in RESPONSE,
-    pairs of a resource's name without the domain and a holder. Raises ValueError if there are more than MAX_HOLDERS.
-    """
+def find_holders(response: pb.ListPodResourcesResponse, domain: str, slots: SlotsOfDra) -> Iterator[Held]:
+    """Per container in RESPONSE, the slots that it holds of DOMAIN's resources, or of SLOTS of the DRA driver DOMAIN.
+    Raises ValueError if there are more than MAX_HOLDERS."""
     count = 0
     for pod in response.pod_resources:
         for container in pod.containers:
@@ -3067,22 +3050,19 @@ def find_holders(
 
 
 async def read_holders(path: str, domain: str, slots: SlotsOfDra) -> Holders | None:
-    """Which container holds which slots, by find_holders(). None if no kubelet answers in time and in the known way.
-
-    It answers on the Unix socket PATH (KEP-606; stable since Kubernetes 1.28). Since 1.34 it leaves out pods that have
-    ended, https://github.com/kubernetes/kubernetes/pull/132028. Older kubelets list them until their slots are needed.
-    """
+    """Which container holds which slots. None if no kubelet answers in time and in the known way on the Unix socket
+    PATH (KEP-606; stable since Kubernetes 1.28). Since 1.34 it leaves out pods that have ended; older ones list them
+    until their slots are needed (https://github.com/kubernetes/kubernetes/pull/132028)."""
     from google.protobuf.message import DecodeError
 
     holders: dict[str, list[Holder]] = {}
-    # A new channel each time: one that failed is slow to try again. The answer is decoded here, since grpc would
-    # log bytes that are no message.
+    # A new channel each time: one that failed is slow to try again.
     options = [*CHANNEL_OPTIONS, ("grpc.max_receive_message_length", POD_RESOURCES_BYTES)]
     try:
         async with grpc.aio.insecure_channel(unix_target(path), options) as channel:
             call = channel.unary_unary("/v1.PodResourcesLister/List")
             answer = await call(b"", timeout=POD_RESOURCES_SECONDS)
-        response = pb.ListPodResourcesResponse.FromString(answer)
+        response = pb.ListPodResourcesResponse.FromString(answer)  # grpc would log bytes that are no message
         for pairs in await in_slices(find_holders(response, domain, slots)):
             for name, holder in pairs:
                 holders.setdefault(name, []).append(holder)
@@ -3119,11 +3099,8 @@ NOT_REGISTERED: Document = {
 
 
 class KubeletSide(abc.ABC):
-    """Offers plans to the kubelet: all that others know of either side. Belongs to LOOP and its thread.
-
-    It checks its sockets periodically. The kernel's signal for a change in the directory of WATCH only makes the checks
-    fewer and sooner.
-    """
+    """Offers plans to the kubelet: all that others know of either side. Belongs to LOOP and its thread. It checks its
+    sockets periodically; the kernel's signal for a change in the directory of WATCH makes checks fewer and sooner."""
 
     EAGER_SECONDS = 0.004  # while the kubelet is awaited: it makes its socket first, and then listens
 
@@ -3212,35 +3189,32 @@ class KubeletSide(abc.ABC):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Device plugins: the DevicePlugin service of one resource, the life of its registration, and the side that holds them
-# all. The Status chapter reads the counters.
+# all.
 #
-# Theory of operation. The kubelet sees each resource as a plugin of its own: a Unix socket in its directory, on which
-# we serve. We call Register on kubelet.sock; the kubelet dials our socket, asks for options, and then holds one stream
-# open (ListAndWatch), on which we send the whole list of slots whenever it changes. Only while that stream is open can
-# pods be given slots. For each container that gets some, the kubelet calls Allocate once (for a pool, it may call
+# Theory of operation. The kubelet sees each resource as a plugin of its own: a Unix socket in its directory. We call
+# Register on kubelet.sock; the kubelet dials our socket, asks for options, and then holds one stream open
+# (ListAndWatch), on which we send the whole list of slots whenever it changes. Only while that stream is open can pods
+# be given slots. For each container that gets some, the kubelet calls Allocate once (for a pool, it may call
 # GetPreferredAllocation before). It keeps the answer for the pod's life, so for rules by attributes it also asks
 # before each start of the container (PreStartContainer).
 #
-# DevicePluginSide is given each new plan. It starts, updates, replaces (if the kubelet must learn new options) or ends
-# one Registration per resource, and wakes them when kubelet.sock or a socket of theirs changes. Registration.run() is
-# the life of one resource, from top to bottom: wait for a kubelet; serve under a temporary name; wait for the lease of
-# the socket's name, which another instance may have, and give the socket that name; register; watch the stream; and
-# when the kubelet is another one, or anything went wrong, end the server and begin again. Plugin answers the kubelet's
-# calls: it knows the resource, HostDevices knows what is in /dev at this moment.
+# DevicePluginSide has one Registration per resource of the plan, and wakes them when kubelet.sock or a socket of theirs
+# changes. Registration.run() is the life of one resource: wait for a kubelet; serve under a temporary name; wait for
+# the lease of the socket's name, which another instance may have; take that name; register; watch the stream; and when
+# the kubelet is another one, or anything went wrong, end the server and begin again. Plugin answers the kubelet.
 #
 # Three facts about the kubelet explain the order of things. When it starts, it removes every socket in its directory,
-# so everything begins again with each new kubelet.sock; while it is down, its dead socket stays, and what is served
-# stays as it is. When an older stream of a resource ends, the kubelet disconnects the newest client of that resource;
-# so the old server ends before anything is registered again, and before the lease is given back. If a resource is not
-# registered when the kubelet admits a pod that asks for it, that pod fails for good; so nothing here waits for a poll
-# if the kernel can signal the change.
+# so everything begins again with each new kubelet.sock; while it is down, its dead socket stays, and so does what we
+# serve. When an older stream of a resource ends, the kubelet disconnects the newest client of that resource; so the old
+# server ends before anything is registered again, and before the lease is given back. A pod that asks for a resource
+# that is not registered fails for good; so nothing here waits for a poll if the kernel can signal the change.
 # ---------------------------------------------------------------------------------------------------------------------
 
 MAX_CONTAINERS = 100  # in one request; the kubelet asks for one at a time
 REGISTER_SECONDS = 20.0  # the kubelet itself takes up to 10 s to dial a plugin
 MIN_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 30.0  # before a resource is registered again
-DESCRIPTORS_EACH = 2  # file descriptors per registered resource
-RESERVED_DESCRIPTORS = 96  # for clients of the status server (64), Allocate, kubelet.sock and gRPC itself
+# File descriptors: of a registered resource; for clients of the status server (64), Allocate, kubelet.sock and gRPC.
+DESCRIPTORS_EACH, RESERVED_DESCRIPTORS = 2, 96
 NO_DESCRIPTORS = "no file descriptors are left for it; raise the limit of this process (LimitNOFILE=, ulimit -n)"
 OTHER_INSTANCE = "another instance serves it; this one takes over when that ends"
 SHORTEST_NAME = 10  # of a resource, in its socket's name: a letter, a dash and 8 hexadecimal digits
@@ -3295,10 +3269,8 @@ class HostDevices:
 def options_of(resource: Resource) -> pb.DevicePluginOptions:
     """What the kubelet must know first of a plugin for RESOURCE; it asks only when that is registered. Starts are
     checked for rules by attributes, since no link leads the container runtime to the right device."""
-    return pb.DevicePluginOptions(
-        get_preferred_allocation_available=resource.pool,
-        pre_start_required=any(device.chosen_by for device in resource.devices),
-    )
+    is_checked = any(device.chosen_by for device in resource.devices)
+    return pb.DevicePluginOptions(get_preferred_allocation_available=resource.pool, pre_start_required=is_checked)
 
 
 def _check_containers(requests: Sequence[object]) -> None:
@@ -3309,38 +3281,32 @@ def _check_containers(requests: Sequence[object]) -> None:
 
 
 class Plugin:
-    """v1beta1.DevicePlugin for one resource. ON_STREAM is called with an object that stands for a ListAndWatch stream,
-    and with whether that has opened or ended."""
+    """v1beta1.DevicePlugin for one resource. ON_STREAM is called with each ListAndWatch stream that opens or ends."""
 
-    MAX_PROBLEM = 300  # characters of what is wrong with a device, in a refusal
-
-    def __init__(
-        self, resource: Resource, domain: str, devices: HostDevices, on_stream: Callable[[object, bool], None]
-    ) -> None:
+    def __init__(self, resource: Resource, domain: str, host: HostDevices, on_stream: Callable[[object], None]) -> None:
         self.resource = resource
         self.full_name = f"{domain}/{resource.name}"
         self.options = options_of(resource)
         self.counts: Counter[str] = Counter()  # by keys of NOT_REGISTERED
-        self._devices = devices
+        self.streams: set[asyncio.Event] = set()  # that are open; each is set when it may have a list to send
+        self._host = host
         self._on_stream = on_stream
-        self._streams: set[asyncio.Event] = set()  # set when there may be a list to send
 
-    def can_offer(self, resource: Resource) -> bool:
-        """Whether update() takes RESOURCE. If not, it needs a new plugin, so that the kubelet learns the new options.
-        Checks of starts cost little, so a plugin that no longer needs them keeps the option."""
+    def update(self, resource: Resource) -> bool:
+        """Offer RESOURCE, of the same name, from now on. False if that needs a new plugin, from which the kubelet
+        learns new options. Checks of starts cost little, so a plugin that no longer needs them keeps the option."""
         needed = options_of(resource)
         needed.pre_start_required |= self.options.pre_start_required
-        return bool(needed == self.options)
-
-    def update(self, resource: Resource) -> None:
-        """Offer RESOURCE, of the same name, from now on. Streams send a new list if it differs from the last one."""
+        if needed != self.options:
+            return False
         self.resource = resource
-        for news in self._streams:
+        for news in self.streams:
             news.set()
+        return True
 
     def end_streams(self) -> None:
         """End every open stream in good order."""
-        ended, self._streams = self._streams, set()
+        ended, self.streams = self.streams, set()
         for news in ended:
             news.set()
 
@@ -3348,11 +3314,11 @@ class Plugin:
     async def ListAndWatch(self, request: pb.Empty, context: grpc.aio.ServicerContext) -> None:
         """The reader may be slow, or not read at all, so only the newest list waits."""
         news = asyncio.Event()
-        self._streams.add(news)
-        self._on_stream(news, True)
+        self.streams.add(news)
+        self._on_stream(news)
         sent = None
         try:
-            while news in self._streams:
+            while news in self.streams:
                 news.clear()
                 # The list may have 100,000 slots, so only what it is made of is compared.
                 key = [(device.path, device.slots, not device.problem, device.numa) for device in self.resource.devices]
@@ -3361,13 +3327,11 @@ class Plugin:
                     await context.write(_list_message(self.resource))
                 await news.wait()
         finally:
-            self._streams.discard(news)
-            self._on_stream(news, False)
+            self.streams.discard(news)
+            self._on_stream(news)
 
     @answered
-    async def GetDevicePluginOptions(
-        self, request: pb.Empty, context: grpc.aio.ServicerContext
-    ) -> pb.DevicePluginOptions:
+    async def GetDevicePluginOptions(self, request: pb.Empty, context: object) -> pb.DevicePluginOptions:
         return self.options
 
     @answered
@@ -3377,9 +3341,8 @@ class Plugin:
         _check_containers(request.container_requests)
         response = pb.PreferredAllocationResponse()
         for item in request.container_requests:
-            ids = preferred_allocation(
-                self.resource, item.available_deviceIDs, item.must_include_deviceIDs, item.allocation_size
-            )
+            available, needed = item.available_deviceIDs, item.must_include_deviceIDs
+            ids = preferred_allocation(self.resource, available, needed, item.allocation_size)
             response.container_responses.add(deviceIDs=ids)
         return response
 
@@ -3389,7 +3352,7 @@ class Plugin:
         asked = [list(item.devices_ids) for item in request.container_requests]
         ids = join_names([slot_id[:MAX_SHOWN] for slot_ids in asked for slot_id in slot_ids])
         try:
-            allocations = self._devices.allocate(self.resource, asked)
+            allocations = self._host.allocate(self.resource, asked)
         except AllocationError as error:
             sentence = f"Allocate refused: {error}"
             log_event("refused", sentence, logging.WARNING, resource=self.full_name, ids=ids, status=error.code)
@@ -3405,9 +3368,7 @@ class Plugin:
         return response
 
     @answered
-    async def PreStartContainer(
-        self, request: pb.PreStartContainerRequest, context: grpc.aio.ServicerContext
-    ) -> pb.PreStartContainerResponse:
+    async def PreStartContainer(self, request: pb.PreStartContainerRequest, _: object) -> pb.PreStartContainerResponse:
         """Allow a container to start if its devices are those that their rules chose. After a refusal, the kubelet
         shows the text in the pod's events, and asks again every 13 s or so."""
         slots: dict[str, Slot] = {}  # one of each device, by its path
@@ -3415,16 +3376,15 @@ class Plugin:
             if slot is None:
                 self._refuse_start(slot_id, "", "the resource has no such ID")
             slots.setdefault(slot.device.path, slot)
-        give_up = time.monotonic() + self._devices.PLAN_SECONDS
+        give_up = time.monotonic() + self._host.PLAN_SECONDS
         while True:
-            devices = [device for device in self.resource.devices if device.path in slots]
-            found = self._devices.find_start_problem(devices)
-            if not found or not found[2] or time.monotonic() >= give_up:
+            found = self._host.find_start_problem(each for each in self.resource.devices if each.path in slots)
+            if not found:
                 break
+            device, problem, may_pass = found
+            if not may_pass or time.monotonic() >= give_up:
+                self._refuse_start(slots[device.path].id, device_path(device), problem)
             await asyncio.sleep(0.02)
-        if found:
-            device, problem, _ = found
-            self._refuse_start(slots[device.path].id, device_path(device), problem)
         for slot_id in request.devices_ids:
             board.set(f"{self.full_name}/{slot_id[:MAX_SHOWN]}", "")
         return pb.PreStartContainerResponse()
@@ -3433,13 +3393,13 @@ class Plugin:
         """Count the refusal, log it once, make the device side scan, and raise AllocationError."""
         shown = f'ID "{slot_id[:MAX_SHOWN]}"'
         given = f"{path} ({shown})" if path else f"the {shown}"
-        given, problem = (truncate(printable(text), self.MAX_PROBLEM) for text in (given, problem))
+        given, problem = (truncate(printable(text), MAX_TEXT) for text in (given, problem))
         text = (
             f"the container was given {given}, but {problem}. It starts "
             "once the right device is back; or delete the pod: its replacement gets a device that is there"
         )
         self.counts["start_refusals"] += 1
-        self._devices.request_scan()
+        self._host.request_scan()
         sentence = f"start of a container refused: {text}"
         board.set(f"{self.full_name}/{slot_id[:MAX_SHOWN]}", sentence, "start-refused", resource=self.full_name)
         raise AllocationError("FAILED_PRECONDITION", text)
@@ -3497,28 +3457,30 @@ class Registration:
     STREAM_SECONDS = 5.0  # after Register, for the kubelet to open its stream
 
     def __init__(
-        self, domain: str, devices: HostDevices, kubelet: KubeletConnection, leases: Leases, resource: Resource
+        self, domain: str, host: HostDevices, kubelet: KubeletConnection, leases: Leases, resource: Resource
     ) -> None:
-        self.plugin = Plugin(resource, domain, devices, self._stream_changed)
+        self.plugin = Plugin(resource, domain, host, self._stream_changed)
         self.socket = socket_name(resource.name, domain, kubelet.folder)
         self._path = f"{kubelet.folder}/{self.socket}"
         self._kubelet = kubelet
         self._leases = leases
         self._known: Identity | None = None  # the last kubelet that it was to be registered with
         self._stream: object | None = None  # the kubelet's is the first one; other clients may open more
-        self._is_stream_open = self._is_standby = self._is_retired = False
+        self._is_standby = self._is_retired = False
         self._backoff = Backoff()
         self._wake = asyncio.Event()
+        self.wake = self._wake.set  # makes run() check again what it waits for
 
     def describe(self) -> Document:
         """Its part of the status document."""
+        is_ready = self._stream in self.plugin.streams
         is_standby = self._is_standby and self._kubelet.is_answering
         problem = board.get(self.plugin.full_name)
         return {
             **NOT_REGISTERED,
-            "ready": self._is_stream_open,
+            "ready": is_ready,
             "served_by_other": is_standby,  # /readyz alone takes that for ready
-            "trouble": "" if self._is_stream_open else problem if is_standby else unready_text(problem),
+            "trouble": "" if is_ready else problem if is_standby else unready_text(problem),
             **self.plugin.counts,
         }
 
@@ -3527,15 +3489,9 @@ class Registration:
         self._is_retired = True
         self.wake()
 
-    def wake(self) -> None:
-        """Make run() check again what it waits for."""
-        self._wake.set()
-
     async def run(self, previous: asyncio.Task[None] | None) -> None:
-        """Serve the resource and keep it registered until retire(), once PREVIOUS, an older run() of it, has ended.
-
-        It must not be cancelled, because grpc's servers do not survive that.
-        """
+        """Serve the resource and keep it registered until retire(), once PREVIOUS, an older run() of it, has ended. It
+        must not be cancelled, because grpc's servers do not survive that."""
         if previous:
             await asyncio.wait([previous])
         board.set(self.plugin.full_name, "")
@@ -3551,10 +3507,7 @@ class Registration:
             self._leases.give_back(self._path)
 
     async def _serve(self) -> None:
-        """Serve the resource and register it with the kubelet, until _is_over() or something fails.
-
-        The server ends first of all, because the kubelet takes the end of an older stream for that of the newest.
-        """
+        """Serve the resource and register it with the kubelet, until _is_over() or something fails."""
         failure = None  # the event to log, and the problem
         server = UnixServer(self._path, functools.partial(rpc.add_DevicePluginServicer_to_server, self.plugin))
         try:
@@ -3570,8 +3523,7 @@ class Registration:
             is_lost = server.is_lost()
             self.plugin.end_streams()
             await server.stop()  # waits for the streams, removes the socket; only then another instance may register it
-            self._stream = None
-            self._is_stream_open = self._is_standby = False
+            self._stream, self._is_standby = None, False
         if failure and self._kubelet.check() and not self._is_over():  # otherwise the kubelet has ended
             event, problem = failure
             self.plugin.counts["refusals"] += event == "refused"
@@ -3616,7 +3568,7 @@ class Registration:
                 return "its socket file was deleted"
             if not self._stream:
                 return f"the kubelet opened no stream within {self.STREAM_SECONDS:.0f} s"
-            return "" if self._is_stream_open else "the kubelet ended its stream"
+            return "" if self._stream in self.plugin.streams else "the kubelet ended its stream"
 
         began = time.monotonic()
         await self._until(lambda: self._stream or server.is_lost() or self._is_over(), self.STREAM_SECONDS)
@@ -3638,13 +3590,11 @@ class Registration:
                 await asyncio.wait_for(self._wake.wait(), None if seconds == math.inf else end - time.monotonic())
         return not self._is_retired
 
-    def _stream_changed(self, stream: object, is_open: bool) -> None:
-        if is_open and self._stream is None:
+    def _stream_changed(self, stream: object) -> None:
+        if self._stream is None and stream in self.plugin.streams:
             self._stream = stream
             board.set(self.plugin.full_name, "")
-        if stream is self._stream:
-            self._is_stream_open = is_open
-            self.wake()
+        self.wake()
 
 
 class DevicePluginSide(KubeletSide):
@@ -3716,9 +3666,7 @@ class DevicePluginSide(KubeletSide):
         for name in names[room:]:
             board.set_of_resource(f"{self.domain}/{name}", NO_DESCRIPTORS, "not-served")
         for name, registration in list(self.registrations.items()):
-            if name in served and registration.plugin.can_offer(plan.resources[name]):
-                registration.plugin.update(plan.resources[name])
-            else:
+            if name not in served or not registration.plugin.update(plan.resources[name]):
                 self.registrations.pop(name).retire()
         self._tasks = {name: task for name, task in self._tasks.items() if not task.done()}
         for name in served:

@@ -4165,10 +4165,8 @@ def test_a_loose_contact_is_a_line_of_the_log_per_second(node: Node, kubelet: Ku
         kubelet.wait_for("video0", Healthy=1)
 
     def counts() -> list[int]:
-        found = re.findall(
-            r"video0: (?:Unhealthy|Healthy)[^(\n]*(?:\((\d+) changes since its last line\))?", daemon.log
-        )
-        return [int(count or 1) for count in found]
+        pattern = r"video0: (?:Unhealthy|Healthy)[^(\n]*(?:\((\d+) changes since its last line\))?"
+        return [int(count or 1) for count in re.findall(pattern, daemon.log)]
 
     wait_for(lambda: sum(counts()) == 40, lambda: daemon.log)
     assert len(counts()) <= 2 + time.monotonic() - began
@@ -4550,10 +4548,8 @@ def test_only_rules_by_attributes_check_starts(board: Board, node: Node, kubelet
     daemon = start("--interval", "3600", "--listen", "127.0.0.1:0")
     wanted = {"null": (False, False), "zeros": (True, False), "ttyUSB0": (False, True), "sticks": (True, True)}
     wait_ready(kubelet, list(wanted))
-    for name, (has_preference, checks_starts) in wanted.items():
-        options = pb.DevicePluginOptions(
-            get_preferred_allocation_available=has_preference, pre_start_required=checks_starts
-        )
+    for name, (prefers, checks) in wanted.items():
+        options = pb.DevicePluginOptions(get_preferred_allocation_available=prefers, pre_start_required=checks)
         requests = [request for _, request in kubelet.requests if request.resource_name == kubelet.name(name)]
         assert [request.options for request in requests] == [kubelet.client(name).options] == [options], name
     kubelet.starts("ttyUSB0", "0")
@@ -4830,11 +4826,9 @@ def test_a_driver_that_keeps_a_reader_delays_nobody(board: Board, node: Node, ku
     plug_stick(board, "ttyUSB0", "A1")
     plug_stick(board, "ttyUSB1", "A2", "1-1.2")
     node.rules(STICK_POOL + "- devicematch: ^null$\n")
-    patch = HANGING_SYSFS.format(flag=str(flag), stuck=str(stuck)).replace(
-        "if os.path.exists", "if '1-1.2' in folder and os.path.exists"
-    )
+    patch = HANGING_SYSFS.replace("if os.path.exists", "if '1-1.2' in folder and os.path.exists")
     flag.touch()
-    daemon = start("--listen", "127.0.0.1:0", fault=patch)
+    daemon = start("--listen", "127.0.0.1:0", fault=patch.format(flag=str(flag), stuck=str(stuck)))
     kubelet.wait_for("sticks", Healthy=1)
     daemon.says("left out: sysfs does not answer, so its attributes cannot be read devices=/dev/ttyUSB1")
     status = Status(daemon)
@@ -5406,9 +5400,8 @@ def test_no_change_in_dev_is_lost(node: Node, kubelet: Kubelet, start: Starter) 
         found = {str(path.relative_to(node.dev)) for path in node.dev.rglob("[0-9]")}
 
         def is_seen(found: set[str] = found) -> bool:
-            return {
-                slot.rpartition(":")[0] for slot, health in kubelet.health("pool").items() if health == "Healthy"
-            } == found
+            healthy = {slot for slot, health in kubelet.health("pool").items() if health == "Healthy"}
+            return {slot.rpartition(":")[0] for slot in healthy} == found
 
         wait_for(is_seen, lambda found=found: f"{found}; kubelet has {dict(kubelet.health('pool'))}", patience=3.0)
 
@@ -5589,10 +5582,8 @@ def test_a_handover_is_a_moment_without_a_stream(node: Node, kubelet: Kubelet, s
     wait_ready(kubelet, names)
     assert first.process.wait(PATIENCE) == (0 if signum == signal.SIGTERM else -signum)
     settle(second)
-    gaps = [
-        longest_gap([(opened, client.closed_at) for opened, client in kubelet.streams[kubelet.name(name)]])
-        for name in names
-    ]
+    streams = [kubelet.streams[kubelet.name(name)] for name in names]
+    gaps = [longest_gap([(opened, client.closed_at) for opened, client in each]) for each in streams]
     print(f"longest without a stream: {max(gaps):.3f} s")
     assert 0 < max(gaps) < 1.5
     assert [kubelet.count(name) for name in names] == [2] * 20  # none was registered in vain
@@ -5628,9 +5619,8 @@ def test_readyz_counts_what_another_instance_serves(kubelet: Kubelet, start: Sta
     first = serve("null", "zero")
     status = Status(start("--listen", "127.0.0.1:0"))
     names = ["smarter-devices/null", "smarter-devices/zero"]
-    assert status.wait_for("/readyz", 200).body == "".join(
-        ["ok\n", *(f"{name}: {sdm.OTHER_INSTANCE}\n" for name in names)]
-    )
+    others = "".join(f"{name}: {sdm.OTHER_INSTANCE}\n" for name in names)
+    assert status.wait_for("/readyz", 200).body == f"ok\n{others}"
     assert [status.metrics()["registered", name] for name in names] == [0, 0]
     assert status.resource("null")["served_by_other"] and not status.resource("null")["ready"]
     assert status.document()["ready"], "one truth for /readyz and /status.json"
