@@ -4917,11 +4917,9 @@ class DraSide(KubeletSide):
 # paths of the server are a public interface. A new metric is one more line of FAMILIES.
 # ---------------------------------------------------------------------------------------------------------------------
 
-# The document. --list --json prints its parts "resources", "shared", "left_out" and "unused".
-
 
 def describe_plan(plan: Plan, resources: Sequence[Document], domain: str) -> Document:
-    """What PLAN offers (RESOURCES, described already), what it leaves out, and its rules that matched nothing."""
+    """What PLAN offers (RESOURCES, described already) and leaves out, and its unused rules: --list --json prints it."""
 
     def offer(name: str, device: Device) -> Document:
         return {"resource": f"{domain}/{name}", "path": f"/dev/{device.path}", "line": device.line}
@@ -4938,13 +4936,8 @@ def describe_plan(plan: Plan, resources: Sequence[Document], domain: str) -> Doc
     }
 
 
-def describe_resource(resource: Resource, domain: str, epoch: float) -> Document:
-    """RESOURCE as a document. EPOCH is the time.time() at which time.monotonic() was 0."""
-
-    def describe_node(spec: DeviceSpec) -> Document:
-        paths = {"host": spec.host, "container": spec.container}
-        return {**paths, "permissions": spec.permissions, "targets": [host for host, _ in spec.nodes]}
-
+def describe_resource(resource: Resource, domain: str, epoch: float, **more: object) -> Document:
+    """RESOURCE as a document that ends with MORE. EPOCH is the time.time() at which time.monotonic() was 0."""
     devices = [
         {
             "path": device_path(device),
@@ -4955,13 +4948,16 @@ def describe_resource(resource: Resource, domain: str, epoch: float) -> Document
             **({"gone": device.is_gone} if device.problem else {}),
             "since": utc(epoch + device.since),
             "numa": list(device.numa),
-            "nodes": list(map(describe_node, device.specs)),
+            "nodes": [
+                {"host": host, "container": place, "permissions": permissions, "targets": [path for path, _ in nodes]}
+                for host, place, permissions, nodes in device.specs
+            ],
             "env": dict(device.env),
         }
         for device in resource.devices
     ]
     slots = sum(device.slots for device in resource.devices)
-    return {"name": f"{domain}/{resource.name}", "pool": resource.pool, "slots": slots, "devices": devices}
+    return {"name": f"{domain}/{resource.name}", "pool": resource.pool, "slots": slots, "devices": devices, **more}
 
 
 def describe_use(resource: Resource, holders: Holders | None) -> Document:
@@ -4984,11 +4980,8 @@ def is_served(resources: Iterable[Document]) -> bool:
 
 def find_hanging(threads: Iterable[Document]) -> list[str]:
     """A sentence per thread that hangs."""
-    return [
-        f"the {thread['name']} hangs: its last turn was {thread['seconds_since_turn']:.1f} s ago"
-        for thread in threads
-        if thread["seconds_since_turn"] > thread["max_seconds"]
-    ]
+    late = [thread for thread in threads if thread["seconds_since_turn"] > thread["max_seconds"]]
+    return [f"the {each['name']} hangs: its last turn was {each['seconds_since_turn']:.1f} s ago" for each in late]
 
 
 def find_problems(document: Document) -> Mapping[str, Sequence[str]]:
@@ -5020,9 +5013,8 @@ def find_problems(document: Document) -> Mapping[str, Sequence[str]]:
 
 def conf_problem(conf: Document) -> str:
     """Why the config file is refused, and which rules are in force; empty if it is good."""
-    if not conf["error"]:
-        return ""
-    return f"the config file is refused, the rules of {clock(conf['read_at'])} UTC stay in force: {conf['error']}"
+    stale = f"the config file is refused, the rules of {clock(conf['read_at'])} UTC stay in force: {conf['error']}"
+    return stale if conf["error"] else ""
 
 
 def users_by_device(resource: Document) -> Mapping[str, Mapping[tuple[str, str], Sequence[str]]]:
@@ -5040,16 +5032,12 @@ def _first_names(names: Sequence[str]) -> str:
 
 
 def _with_names(sentence: str, names: Sequence[str]) -> str:
-    """SENTENCE, after the NAMES of what it is about."""
     return f"{_first_names(names)}: {sentence}" if names else sentence
 
 
 def clock(moment: str) -> str:
     """MOMENT, as utc() writes it, for people: without fractions, T and Z."""
     return moment[:19].replace("T", " ")
-
-
-# Text: for terminals.
 
 
 def render_table(header: Iterable[str], rows: Iterable[Sequence[object]]) -> str:
@@ -5162,11 +5150,7 @@ def event_text(event: Document) -> tuple[str, str]:
 PREFIX = "smarter_device_manager_"
 Samples = Iterable[tuple[Mapping[str, str], float]]  # labels and value
 _ESCAPES_OF_LABELS = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
-
-
-def _build_samples(document: Document) -> Samples:
-    python = ".".join(map(str, sys.version_info[:3]))
-    yield {"version": document["smarter_device_manager"], "python": python}, 1
+_VERSIONS = {"version": __version__, "python": ".".join(map(str, sys.version_info[:3]))}
 
 
 def _holder_samples(document: Document) -> Samples:
@@ -5201,7 +5185,7 @@ def _request_samples(document: Document) -> Samples:
 # The names of metrics without PREFIX, their help, and where the document has their values: "resources.KEY" has one per
 # resource if it is known, any other "PART.KEY" has one if the document has PART.
 FAMILIES: Sequence[tuple[str, str, str | Callable[[Document], Samples]]] = (
-    ("build_info", "Always 1; the labels have the versions.", _build_samples),
+    ("build_info", "Always 1; the labels have the versions.", lambda _: [(_VERSIONS, 1)]),
     ("slots", "Containers that may have the resource at once.", "resources.slots"),
     ("slots_in_use", "Slots that containers have; absent while unknown.", "resources.in_use"),
     ("slot_holder", "1 per container that has a slot.", _holder_samples),
@@ -5363,8 +5347,7 @@ def parse_request(data: bytes) -> tuple[str, str, str] | None:
 
 
 def is_known_host(host: str, names: frozenset[str]) -> bool:
-    """Whether HOST, with its port, is an IP address or one of NAMES. A page on another name, whose owner has it lead
-    here (DNS rebinding), must not be able to read what this server shows."""
+    """Whether HOST, with its port, is an IP address or in NAMES. Pages of others must not read this (DNS rebinding)."""
     name = re.sub(r":[0-9]*$", "", host.strip()).strip("[]").lower().rstrip(".")
     return name in names or bool(re.fullmatch("[0-9.]+|[0-9a-f]*:[0-9a-f:.]*(%.*)?", name))
 
@@ -5509,11 +5492,9 @@ class StatusServer:
 
     def _threads(self) -> list[Document]:
         """Per thread the age of its last heartbeat, and the age that it may have."""
-        heartbeats = {"device side": self._main_heartbeat, "kubelet side": self.side.heartbeat}
-        return [
-            {"name": name, "seconds_since_turn": time.monotonic() - beat, "max_seconds": self.side.max_silence}
-            for name, beat in heartbeats.items()
-        ]
+        beats = {"device side": self._main_heartbeat, "kubelet side": self.side.heartbeat}
+        now, most = time.monotonic(), self.side.max_silence
+        return [{"name": name, "seconds_since_turn": now - beat, "max_seconds": most} for name, beat in beats.items()]
 
     def _readyz(self) -> bytes:
         """200 if the kubelet has each resource, from this instance or another; and what is not as it should be."""
@@ -5541,27 +5522,23 @@ class StatusServer:
         return respond(OK, "".join(await in_slices(pieces)), kind, policy)
 
     async def _describe(self) -> Document:
-        side, plan, epoch = self.side, self.plan, time.time() - time.monotonic()
-        holders = await read_holders(self.pod_resources, side.domain, side.slots)
+        side, domain, plan, epoch = self.side, self.side.domain, self.plan, time.time() - time.monotonic()
+        holders = await read_holders(self.pod_resources, domain, side.slots)
         resources = (
-            {
-                **describe_resource(resource, side.domain, epoch),
-                **side.describe_registration(name),
-                **describe_use(resource, holders),
-            }
-            for name, resource in plan.resources.items()
+            describe_resource(each, domain, epoch, **side.describe_registration(name), **describe_use(each, holders))
+            for name, each in plan.resources.items()
         )
         return {
             "smarter_device_manager": __version__,
             "node": self.node,
-            "domain": side.domain,
+            "domain": domain,
             "time": utc(time.time()),
             "threads": self._threads(),
             **side.describe(),
             "process": describe_process(),
             "events": self.events.events,
             **self.device_side,
-            **describe_plan(plan, await in_slices(resources), side.domain),
+            **describe_plan(plan, await in_slices(resources), domain),
         }
 
 
@@ -5920,7 +5897,10 @@ def restart_compiled() -> None:
 # the manifest are for programs, and keep their form.
 # ---------------------------------------------------------------------------------------------------------------------
 
+DEFAULT_IMAGE = "docker.io/library/python:3.13-slim"  # of --manifest
+DEFAULT_NAMESPACE = "kube-system"
 DEFAULT_POD_RESOURCES = "/var/lib/kubelet/pod-resources/kubelet.sock"
+HOME_FOLDERS = ("/home/", "/root/", "/run/user/")  # hidden by ProtectHome=, see systemd.exec(5)
 STATUS_SECONDS = 10.0  # for a daemon to answer --status
 
 
@@ -5931,10 +5911,8 @@ def program_name() -> str:
 
 
 def write_output(text: str) -> None:
-    """Print TEXT now. Raises BrokenPipeError if the reader has gone (--list | head), and Problem if a write fails.
-
-    After that, stdout is /dev/null; otherwise Python would try again when it exits, and complain.
-    """
+    """Print TEXT now. Raises BrokenPipeError if the reader has gone (--list | head), and Problem if a write fails; then
+    stdout is /dev/null, or Python would try again when it exits, and complain."""
     try:
         print(text, end="", flush=True)
     except OSError as error:
@@ -5953,11 +5931,8 @@ def scan_once(options: argparse.Namespace, with_facts: bool = False) -> DeviceSi
     return devices
 
 
-def read_all_attributes(sys_dir: str, node: Entry) -> Sequence[tuple[str, Values]]:
-    """Each folder of NODE's device and its parents that has attributes a rule could ask for, and these.
-
-    Raises OSError as read_chain() does.
-    """
+def read_all_attributes(sys_dir: str, node: Entry) -> Sequence[Document]:
+    """The folders of NODE's device and its parents, with the attributes that a rule could ask for. Raises OSError."""
     found = []
     for folder in sysfs_folders(sys_dir, node):
         names = [name for name in ("driver", "subsystem") if os.path.islink(f"{folder}/{name}")]
@@ -5970,15 +5945,14 @@ def read_all_attributes(sys_dir: str, node: Entry) -> Sequence[tuple[str, Values
             if value and len(value) <= MAX_VALUE and value.isprintable() and "\\x" not in value:  # a short line of text
                 values[name] = value
         if values:
-            found.append((folder, values))
+            found.append({"folder": folder, "attributes": values})
     return found
 
 
 def show_attributes(options: argparse.Namespace) -> None:
     """--list --attributes: print the attributes of a device in sysfs, as the beginnings of a rule."""
     whole = os.path.normpath(os.path.join(options.dev_dir, options.attributes))
-    tops = [f"{top}/" for top in (options.dev_dir, "/dev") if whole.startswith(f"{top}/")]
-    path = whole[len(tops[0]) :] if tops else ""
+    path = next((whole[len(top) + 1 :] for top in (options.dev_dir, "/dev") if whole.startswith(f"{top}/")), "")
     shown = f"/dev/{path}"
     if not path or not os.path.lexists(f"{options.dev_dir}/{path}"):
         raise Problem(f"{options.attributes} is not in {options.dev_dir}; give a path such as /dev/video0 or video0")
@@ -5999,11 +5973,10 @@ def show_attributes(options: argparse.Namespace) -> None:
     if not chain:
         number = f"{kind} {os.major(device)}:{os.minor(device)}"
         raise Problem(f"{options.sys_dir} does not have {shown} ({number}); --sys-dir names the host's /sys")
-    blocks = [{"folder": folder, "attributes": attributes} for folder, attributes in chain]
-    write_output(json.dumps(blocks, indent=2) + "\n" if options.json else render_attributes(path, chain))
+    write_output(json.dumps(chain, indent=2) + "\n" if options.json else render_attributes(path, chain))
 
 
-def render_attributes(path: str, chain: Iterable[tuple[str, Mapping[str, str]]]) -> str:
+def render_attributes(path: str, chain: Iterable[Document]) -> str:
     """What --list --attributes prints for the device PATH: per folder in its CHAIN in sysfs, a block of attributes."""
 
     def quoted(literal: str) -> str:
@@ -6017,59 +5990,48 @@ def render_attributes(path: str, chain: Iterable[tuple[str, Mapping[str, str]]])
         r"# resource, containerpath, with and env can use the value of each one, written as \g<attr:serial>.",
         f"- devicematch: '^{quoted(path)[1:-1]}$'",
     ]
-    for folder, attributes in chain:
-        lines += ["", f"  # {printable(folder)}", "  attributes:"]
-        for name, value in attributes.items():
+    for block in chain:
+        lines += ["", f"  # {printable(block['folder'])}", "  attributes:"]
+        for name, value in block["attributes"].items():
             is_plain = re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name) and not _NOT_PLAIN_TEXT.fullmatch(name)
             key = name if is_plain else "'" + name.replace("'", "''") + "'"
             lines.append(f"    {key}: {quoted(value)}")
     return "\n".join(lines) + "\n"
 
 
-def find_overridden(plan: Plan, matcher: Matcher) -> list[tuple[Rule, Device]]:
-    """The rules that name a device without effect, because PLAN offers it under a later rule, with the device, in
-    sorted order."""
-    found = []
+def render_overridden(plan: Plan, matcher: Matcher) -> str:
+    """What --list prints of the devices that rules name without effect, and of the rules that have no effect at all."""
+    overridden = []  # rules, and devices that PLAN offers under a later one
     for device in devices_of(plan):
         named = [rule for rule, match in matcher.find(device.path) if isinstance(match, re.Match)]
         lines = [rule.line for rule in named]
-        found += [(rule, device) for rule in named[lines.index(device.line) + 1 :]]
-    return sorted(found, key=lambda pair: (pair[0].line, pair[1].path))
-
-
-def render_overridden(overridden: Sequence[tuple[Rule, Device]], plan: Plan) -> str:
-    """What --list prints of the devices that rules name without effect, and of the rules that have no effect at all."""
+        overridden += [(rule, device) for rule in named[lines.index(device.line) + 1 :]]
+    overridden.sort(key=lambda pair: (pair[0].line, pair[1].path))
     active = {device.line for device in devices_of(plan)} | {left.line for left in plan.left_out}
     rows = [(rule.line, device_path(device), device.line) for rule, device in overridden]
     winners: dict[tuple[int, str], set[int]] = {}
     for rule, device in overridden:
         if rule.line not in active:
             winners.setdefault((rule.line, rule.pattern), set()).add(device.line)
-    inert = [(*key, ", ".join(map(str, sorted(lines)))) for key, lines in winners.items()]
+    inert = [(*key, ", ".join(map(str, sorted(later)))) for key, later in winners.items()]
     title = "Rules that later rules override for every device that they name"
     text = render_section("Overridden by a later rule", ("LINE", "PATH", "BY LINE"), rows)
     return text + render_section(title, ("LINE", "DEVICEMATCH", "BY LINE"), inert)
 
 
-def show_list(options: argparse.Namespace) -> None:
-    """--list: print what would be offered."""
+def show_list(options: argparse.Namespace, devices: DeviceSide | None = None) -> None:
+    """--list: print what would be offered of DEVICES, which are scanned first if there are none."""
     if options.attributes is not None:
-        show_attributes(options)
-    else:
-        _print_list(scan_once(options), options)
-
-
-def _print_list(devices: DeviceSide, options: argparse.Namespace) -> None:
+        return show_attributes(options)
+    devices = devices or scan_once(options)
     epoch = time.time() - time.monotonic()
     resources = [describe_resource(resource, options.domain, epoch) for resource in devices.plan.resources.values()]
     document = describe_plan(devices.plan, resources, options.domain)
     if options.json:
-        write_output(json.dumps(document, indent=2) + "\n")
-        return
-    overridden = find_overridden(devices.plan, Matcher(devices.conf.rules))
+        return write_output(json.dumps(document, indent=2) + "\n")
+    overridden = render_overridden(devices.plan, Matcher(devices.conf.rules))
     notes = [f"{note}\n" for note in rule_notes(devices.conf.rules, options.domain)]
-    parts = [render_list(document), render_overridden(overridden, devices.plan), *(["\n"] if notes else []), *notes]
-    write_output("".join(parts))
+    write_output("".join([render_list(document), overridden, *(["\n"] if notes else []), *notes]))
 
 
 def show_status(options: argparse.Namespace) -> None:
@@ -6083,8 +6045,7 @@ def show_status(options: argparse.Namespace) -> None:
     except (OSError, UnicodeError, concurrent.futures.TimeoutError) as error:
         raise Problem(
             f"no daemon answers on {where} ({network_error(error)}); give the address of its --listen option as "
-            f"--status ADDRESS:PORT; for a daemon in a pod, first run "
-            f"kubectl -n kube-system port-forward POD {port}"
+            f"--status ADDRESS:PORT; for a daemon in a pod, first run kubectl -n kube-system port-forward POD {port}"
         ) from None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise Problem(f"what answers on {where} is not a smarter-device-manager, or has another version") from None
@@ -6092,11 +6053,10 @@ def show_status(options: argparse.Namespace) -> None:
 
 
 def _fetch_status(address: tuple[str, int]) -> str:
-    """The status document of the status server at ADDRESS; empty if it sends none, cut off if it is too long. Raises
-    OSError, and UnicodeError if there is no such host name."""
+    """The status document of the server at ADDRESS; empty if it sends none. Raises OSError and UnicodeError."""
     with socket.create_connection(address, STATUS_SECONDS) as connection, connection.makefile("rb") as stream:
         connection.sendall(b"GET /status.json HTTP/1.0\r\n\r\n")
-        answer = stream.read(1 << 25)  # which is more than any daemon sends
+        answer = stream.read(1 << 25)  # which is more than any daemon sends; the rest is cut off
     head, _, body = answer.partition(b"\r\n\r\n")
     return body.decode("utf-8", "replace") if head.startswith(b"HTTP/1.1 200 ") else ""
 
@@ -6123,12 +6083,11 @@ def rule_notes(rules: Iterable[Rule], domain: str) -> Iterator[str]:
 
 
 def dry_run(options: argparse.Namespace) -> int:
-    """--dry-run: allocate a slot of each resource of this machine, and print what a container would be given; 1 if that
-    failed for one of them, or if there is none."""
+    """--dry-run: print what a container with a slot of each resource is given; 1 if one fails or there is none."""
     is_dra = options.api == "dra"
     devices = scan_once(options, with_facts=is_dra)
     if not devices.plan.resources:
-        _print_list(devices, options)
+        show_list(options, devices)
         return 1
     load_grpc()  # which says what serving needs
     slots: dict[str, dict[str, Slot]] = {name: {} for name in devices.plan.resources}  # by their names as DRA devices
@@ -6171,14 +6130,6 @@ def _try_slot(slot: Slot, dev_dir: str, is_dra: bool) -> list[str]:
     return lines + [f"{key}={value}" for key, value in sorted(given.env.items())]
 
 
-# Installing: --systemd-unit and --manifest print what stands in the appendix and in daemonset.yaml, with the values of
-# the other options.
-
-HOME_FOLDERS = ("/home/", "/root/", "/run/user/")  # hidden by ProtectHome=, see systemd.exec(5)
-DEFAULT_IMAGE = "docker.io/library/python:3.13-slim"
-DEFAULT_NAMESPACE = "kube-system"
-
-
 def print_systemd_unit(options: argparse.Namespace) -> None:
     """--systemd-unit: print a unit that runs this script with these options, before the node's kubelet."""
     if options.api == "dra":
@@ -6202,8 +6153,8 @@ def print_systemd_unit(options: argparse.Namespace) -> None:
         module=os.path.splitext(name)[0],
         python=_systemd_word(sys.executable),
         plugin_dir=_systemd_word(options.plugin_dir),
-        plugin_dir_argument=_systemd_argument(options.plugin_dir),
-        options="".join(f" {_systemd_argument(option)}" for option in _command_line(given)),
+        plugin_dir_argument=_systemd_word(options.plugin_dir, is_argument=True),
+        options="".join(f" {_systemd_word(option, is_argument=True)}" for option in _command_line(given)),
         network=network,
     )
     write_output(unit)
@@ -6215,15 +6166,10 @@ def _pod_resources_socket(options: argparse.Namespace) -> str:
     return beside if options.pod_resources_socket == DEFAULT_POD_RESOURCES else str(options.pod_resources_socket)
 
 
-def _systemd_word(text: str) -> str:
-    """TEXT as one word in a list of paths, or as the path of a program, in a unit file (systemd.syntax(7))."""
-    text = text.replace("%", "%%")
+def _systemd_word(text: str, is_argument: bool = False) -> str:
+    """TEXT as a path in a unit (systemd.syntax(7)) or an argument, where $ begins a variable (systemd.service(5))."""
+    text = text.replace("%", "%%").replace("$", "$$" if is_argument else "$")
     return text if re.fullmatch(r"[\w@%$+=:,./-]+", text, re.ASCII) else '"' + re.sub(r'["\\]', r"\\\g<0>", text) + '"'
-
-
-def _systemd_argument(text: str) -> str:
-    """TEXT as an argument of a command in a unit file, where $ begins a variable (systemd.service(5))."""
-    return _systemd_word(text.replace("$", "$$"))
 
 
 def _command_line(values: Mapping[str, str]) -> list[str]:
@@ -6283,10 +6229,8 @@ def _manifest_values(options: argparse.Namespace, files: str) -> dict[str, str]:
     """What MANIFEST_EDITS fill in. FILES is all that is in the ConfigMap with the script."""
     host, port = options.listen or ("", 8080)
     if host not in ("", "0.0.0.0", "::") or not port:
-        raise Problem(
-            f"--manifest does not take --listen {options.given['listen']}: the kubelet probes the pod at its own "
-            "address and a fixed port; leave the address out, as in --listen :8080"
-        )
+        probed = "the pod at its own address and a fixed port; leave the address out, as in --listen :8080"
+        raise Problem(f"--manifest does not take --listen {options.given['listen']}: the kubelet probes {probed}")
     image = options.image or DEFAULT_IMAGE
     socket_folder, socket_name = os.path.split(_pod_resources_socket(options))
     arguments = {name: value for name, value in options.given.items() if MANIFEST_OPTIONS[name] == ARGUMENT}
@@ -6337,7 +6281,6 @@ MODES: Mapping[str, tuple[Callable[[argparse.Namespace], int | None], str]] = {
 # because the documentation and other people's scripts rely on them.
 # ---------------------------------------------------------------------------------------------------------------------
 
-OptionReader = Callable[[str], Any]  # of an option's value. Raises ArgumentTypeError
 ENVIRONMENT = "SMARTER_DEVICE_MANAGER_"
 DEFAULT_PLUGIN_DIR = "/var/lib/kubelet/device-plugins"
 
@@ -6420,7 +6363,7 @@ def _add_dra_options(add: Callable[..., None]) -> None:
 
 
 def add_option(
-    group: Any, option: str, metavar: str, read: OptionReader, default: str | None, text: str, *more: str
+    group: Any, option: str, metavar: str, read: Callable[[str], Any], default: str | None, text: str, *more: str
 ) -> None:
     """Add OPTION to GROUP, with MORE names and an environment variable. READ reads its value; TEXT explains it."""
     variable = ENVIRONMENT + option[2:].upper().replace("-", "_")
@@ -6547,9 +6490,7 @@ def run(options: argparse.Namespace) -> int:
 # Appendix: the texts of the status page, and those that --systemd-unit and --manifest print.
 # ---------------------------------------------------------------------------------------------------------------------
 
-_HEAD = """<!doctype html>
-<html lang="en"><head>
-<meta charset="utf-8">
+_HEAD = """<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <noscript><meta http-equiv="refresh" content="5"></noscript>
 <style nonce="{nonce}">
@@ -6586,8 +6527,7 @@ rect { fill: var(--used); } [width="100%"] { fill: var(--full); }
   tbody { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .4rem 0; }
   tbody + tbody { margin-top: .6rem; } tbody th, td { padding: .2rem 1rem; border: 0; }
   td:empty { display: none; } td[data-name]::before { content: attr(data-name) " "; color: var(--dim); } }
-</style>
-<title>{node}: {verdict}</title>
+</style><title>{node}: {verdict}</title>
 <link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 8 8'%3E%3Ccircle \
 cx='4' cy='4' r='4' fill='{colour}'/%3E%3C/svg%3E">
 </head><body>
@@ -6617,7 +6557,6 @@ status.json</a>, <a href="metrics">metrics</a>, <a href="healthz">healthz</a>, <
 <script nonce="{nonce}">
 const button = document.getElementById("pause"), trouble = document.getElementById("trouble"), period = 5000;
 const mayChange = () => button.textContent == "Pause" && !document.hidden && getSelection().isCollapsed;
-
 function show(page) {
   const focused = document.activeElement.getAttribute("href");
   for (const part of document.querySelectorAll("[data-live]")) {
@@ -6629,7 +6568,6 @@ function show(page) {
   if (focused && document.activeElement == document.body)
     document.querySelector(`[href="${CSS.escape(focused)}"]`)?.focus({ preventScroll: true });
 }
-
 async function refresh() {
   if (mayChange()) try {
     const answer = await fetch(location.pathname, { cache: "no-store", signal: AbortSignal.timeout(period) });
@@ -6643,9 +6581,7 @@ async function refresh() {
 button.onclick = () => button.textContent = button.textContent == "Pause" ? "Resume" : "Pause";
 button.hidden = false;
 setInterval(refresh, period);
-</script>
-</body>
-</html>
+</script></body></html>
 """
 SYSTEMD_UNIT = """\
 # smarter-device-manager on the host, without a container. Printed by its option --systemd-unit.
@@ -6717,8 +6653,7 @@ kind: ConfigMap
 metadata:
   name: {name}
   namespace: {namespace}
-  labels:
-    app.kubernetes.io/name: smarter-device-manager
+  labels: {{app.kubernetes.io/name: smarter-device-manager}}
 data:
 """
 # What --manifest changes in daemonset.yaml, in this order: what a pattern finds, and what stands there then.
@@ -6726,8 +6661,7 @@ MANIFEST_EDITS = {
     r"\A(?:.*\n)*---\n": "",
     "^  namespace: .*": "  namespace: {namespace}",
     "^    spec:\n": """\
-      annotations:
-        smarter-device-manager/script: "{digest}" # another script is another pod
+      annotations: {{smarter-device-manager/script: "{digest}"}} # another script is another pod
 {found}""",
     "^(?: *#.*\n)* *image: smarter-device-manager:.*": """\
           image: {image}
@@ -6755,15 +6689,12 @@ MANIFEST_EDITS = {
             - {{name: TMPDIR, value: /packages}}
 {pip}          securityContext: {{runAsUser: 0, privileged: false, allowPrivilegeEscalation: false,
             readOnlyRootFilesystem: true, capabilities: {{drop: [ALL]}}}}
-          volumeMounts:
-            - {{name: script, mountPath: /app, readOnly: true}}
-            - {{name: packages, mountPath: /packages}}
+          volumeMounts: [{{name: script, mountPath: /app, readOnly: true}}, {{name: packages, mountPath: /packages}}]
 {found}""",
     "^      volumes:\n": """\
             - {{name: script, mountPath: /app, readOnly: true}}
             - {{name: packages, mountPath: /packages, readOnly: true}}
-{found}        - name: script
-          configMap: {{name: smarter-device-manager-script}}
+{found}        - {{name: script, configMap: {{name: smarter-device-manager-script}}}}
         - name: packages # kept, so that a node boots without internet
           hostPath: {{path: {packages}, type: DirectoryOrCreate}}
 """,
