@@ -4286,14 +4286,13 @@ class Claims:
             return
         is_changed = self._is_stale or plan is not self._plan
         self._is_stale, self._plan, self._slots, self.lost = False, plan, slots, {}
-        for uid, claim in list(self.prepared.items()):
+        for claim in list(self.prepared.values()):
             try:
                 self._rewrite(claim, is_changed)
             except AllocationError:
                 self._is_stale = True  # it went just now
             except OSError as error:
                 self._log_not_written(claim, error)
-            is_changed |= self.prepared[uid] is not claim
         if self._rewrites and time.monotonic() - self._logged_at >= self.LOG_SECONDS:
             self._logged_at = time.monotonic()
             for name, count in self._rewrites.items():
