@@ -3683,19 +3683,17 @@ class DevicePluginSide(KubeletSide):
 # again at least every second, and when the plan or the CDI folder changes. It repairs CDI files at once; it compares
 # the slices with those on the API server after a change, and every 50 s.
 #
-# Its memory is the CDI files, and beside each a link that names the claim; so what is prepared survives a restart of
-# the driver. A device belongs to one claim (adminAccess takes it from nobody) until the kubelet unprepares that claim,
-# or the API server has said twice, GONE_SECONDS apart, that it does not exist. The driver asks only about claims whose
-# files it found at its start, and when another claim wants the device. Nothing is awaited between looking who has a
-# device and writing the file, so no two claims get it. While a file cannot be read, no other claim is prepared, until
-# the API server has said which devices it has. Sockets are made again at each start. The slices outlive the driver:
-# the next one compares them with what it wants, and writes them only if they differ.
+# Its memory, which survives restarts, is the CDI files, and beside each a link that names the claim. A device belongs
+# to one claim (adminAccess takes it from nobody) until the kubelet unprepares that claim, or the API server has said
+# twice, GONE_SECONDS apart, that it does not exist. The driver asks only about claims whose files it found at its
+# start, and when another claim wants the device. Nothing is awaited between looking who has a device and writing the
+# file, so no two claims get it. While a file cannot be read, no other claim is prepared, until the API server has said
+# which devices it has. The slices outlive the driver: the next one writes them only if they are not as it wants.
 #
 # A device that goes is tainted NoSchedule at once, and NoExecute, which evicts its pod, after --gone-grace. Until it
-# is back, its CDI device has another name (with GONE at its end), so that no container starts with whatever is at its path.
-# A restarted driver sees by this name that the device was gone, and does not take another stick at that path for it. A
-# device that is there, but that no rule names or chooses any more, stays with its pod: the config file was edited, and
-# no pod is lost for that.
+# is back, its CDI device has another name (GONE at its end), so that no container starts with what is at its path. A
+# restarted driver sees by this name that the device was gone, and does not take another stick at that path for it. A
+# device that is there, but that no rule names or chooses any more, stays with its pod: no edit of a rule costs a pod.
 # ---------------------------------------------------------------------------------------------------------------------
 
 MAX_SLICE_DEVICES = 64  # the API takes 128, but only 64 once one of them has a taint
@@ -3760,8 +3758,7 @@ def short_hash(text: str) -> str:
 
 
 def slots_by_device_name(plan: Plan) -> SlotsOfDra:
-    """Every slot of PLAN by its device's name in the slices, which follows from path and slot alone. If two resources
-    have the path, it is the slot of the device that is there."""
+    """Every slot of PLAN by its device's name in the slices; if two resources have its path, the one that is there."""
     slots: dict[str, Slot] = {}
     for resource in plan.resources.values():
         labels = {device.path: dns_label(device.path, 63 - len("-9999")) for device in resource.devices}
@@ -3773,8 +3770,7 @@ def slots_by_device_name(plan: Plan) -> SlotsOfDra:
 
 
 def slice_device(name: str, device: Slot | ClaimedDevice, domain: str, evicts: bool = False) -> Document:
-    """DEVICE as the device NAME of a ResourceSlice: a slot, or a prepared device that is gone and not in the plan. One
-    that is Unhealthy is given to no new pod; if it EVICTS, it also costs the pods that have it."""
+    """DEVICE as the device NAME of a ResourceSlice: a slot, or a prepared device that is gone and not in the plan."""
     if isinstance(device, Slot):
         resource, found = device.resource, device.device
         values: Document = {"resource": resource.name, "path": device_path(found), "slot": device.number, **found.facts}
@@ -3787,7 +3783,6 @@ def slice_device(name: str, device: Slot | ClaimedDevice, domain: str, evicts: b
     for key, value in values.items():
         text = str(value).encode("utf-8", "backslashreplace")[:64].decode("utf-8", "ignore")  # a limit of the API
         attributes[key] = {"int": value} if isinstance(value, int) else {"string": text}
-    # NoSchedule: the scheduler gives it to no pod. NoExecute: the control plane also evicts the pods that have it.
     effect = "NoExecute" if evicts else "NoSchedule"
     taints = {"taints": [{"key": f"{domain}/{taint}", "effect": effect}]} if taint else {}
     return {"name": name, "attributes": attributes, **taints}
@@ -3802,11 +3797,9 @@ def slice_name(node: str, domain: str, index: int) -> str:
     return f"{readable}-{short_hash(f'{node}/{domain}')}-{index}"
 
 
-def resource_slices(
-    domain: str, node: str, node_uid: str, generation: int, groups: Sequence[SliceGroup]
-) -> Iterator[Document]:
-    """The ResourceSlices of NODE, one per group of devices. The Node owns them, so they are deleted with it."""
-    owner = {"apiVersion": "v1", "kind": "Node", "name": node, "uid": node_uid}
+def resource_slices(domain: str, node: str, uid: str, generation: int, groups: list[SliceGroup]) -> Iterator[Document]:
+    """The ResourceSlices of NODE, one per group of devices. The Node (UID) owns them, so they are deleted with it."""
+    owner = {"apiVersion": "v1", "kind": "Node", "name": node, "uid": uid}
     pool = {"name": node, "generation": generation, "resourceSliceCount": len(groups)}
     for index, (_, devices) in enumerate(groups):
         spec = {"driver": domain, "nodeName": node, "pool": pool, "devices": json.loads(devices)}
@@ -3849,17 +3842,13 @@ def read_slice(item: Document) -> SliceCopy:
 
 def read_slices(answer: Document, domain: str, node: str) -> tuple[dict[str, SliceCopy], str]:
     """The slices in ANSWER, a list, that are of the driver DOMAIN and of NODE, by name; and where the list goes on."""
-    slices = {}
-    for item in answer["items"]:
-        if (item["spec"]["driver"], item["spec"].get("nodeName")) == (domain, node):
-            slices[item["metadata"]["name"]] = read_slice(item)
-    return slices, answer["metadata"].get("continue", "")
+    own = [item for item in answer["items"] if (item["spec"]["driver"], item["spec"].get("nodeName")) == (domain, node)]
+    return {item["metadata"]["name"]: read_slice(item) for item in own}, answer["metadata"].get("continue", "")
 
 
 def read_claim(document: Document, claim: PreparedClaim, domain: str, node: str) -> PreparedClaim | None:
     """CLAIM with the devices of the driver DOMAIN on NODE that it was allocated, each once for all of its requests;
-    None if DOCUMENT is another claim of its name. Raises AllocationError, and one of UNEXPECTED for what is no claim.
-    """
+    None if DOCUMENT is another claim of its name. Raises AllocationError, and one of UNEXPECTED if it is no claim."""
     if document["metadata"]["name"] != claim.name:
         raise ValueError("this is not the claim")
     if document["metadata"]["uid"] != claim.uid:
@@ -3880,9 +3869,7 @@ def read_claim(document: Document, claim: PreparedClaim, domain: str, node: str)
     return claim._replace(devices=tuple(found.values()))
 
 
-def prepare_devices(
-    devices: Sequence[ClaimedDevice], slots: SlotsOfDra, host: HostDevices
-) -> tuple[ClaimedDevice, ...]:
+def prepare_devices(devices: Sequence[ClaimedDevice], slots: SlotsOfDra, host: HostDevices) -> list[ClaimedDevice]:
     """DEVICES with what containers are given for them now. A container gets all devices of a request, so they must not
     conflict and they share their env, like the slots of one Allocate. Raises AllocationError."""
     for device in devices:
@@ -3903,26 +3890,7 @@ def prepare_devices(
         edits = {key: value for key, value in (("env", env), ("deviceNodes", list(nodes.values()))) if value}
         path = device_path(slot.device)
         prepared.append(device._replace(resource=slot.resource.name, path=path, edits=edits, problem=""))
-    return tuple(prepared)
-
-
-def follow_device(device: ClaimedDevice, plan: Plan, slots: SlotsOfDra, dev_dir: str) -> tuple[Slot | None, str]:
-    """The slot of PLAN, one of its SLOTS, that DEVICE is, if there is one; and why no container may start with DEVICE:
-    it or a companion is gone, or another one is in its place. Empty if one may.
-
-    One that is there, and that no rule names or chooses any more, has no problem. Nor has one that has changed, or
-    whose resource has another name by now. One that was gone is back only if a rule chooses it.
-    """
-    resource, slot = plan.resources.get(device.resource), slots.get(device.name)
-    found = next((own for own in (resource.devices if resource else ()) if device_path(own) == device.path), None)
-    # Rules by attributes tell sticks apart: if it was gone, what another resource has at its path is another one.
-    if not found and slot and not (device.problem and slot.device.chosen_by):
-        found = slot.device
-    if found:
-        return slot if slot and slot.device is found else None, "" if found.specs else found.problem
-    if device.path.startswith("/dev/") and not os.path.exists(dev_dir + device.path[len("/dev") :]):
-        return None, Reason.GONE.template
-    return None, Reason.SWAPPED.template if device.problem else ""
+    return prepared
 
 
 def cdi_document(claim: PreparedClaim, domain: str) -> Document:
@@ -3931,13 +3899,9 @@ def cdi_document(claim: PreparedClaim, domain: str) -> Document:
     for device in claim.devices:
         notes = {"request": ",".join(device.requests), "resource": device.resource, "path": device.path}
         notes.update({"admin-access": "true"} if device.is_admin else {})
-        devices.append(
-            {
-                "name": f"{claim.uid}-{device.name}" + (GONE if device.problem else ""),
-                "annotations": {f"{domain}/{key}": value for key, value in notes.items()},
-                "containerEdits": device.edits,
-            }
-        )
+        annotations = {f"{domain}/{key}": value for key, value in notes.items()}
+        name = f"{claim.uid}-{device.name}" + (GONE if device.problem else "")
+        devices.append({"name": name, "annotations": annotations, "containerEdits": device.edits})
     notes = {f"{domain}/claim-{key}": getattr(claim, key) for key in ("uid", "namespace", "name")}
     return {"cdiVersion": "0.6.0", "kind": f"{domain}/device", "annotations": notes, "devices": devices}
 
@@ -4018,8 +3982,7 @@ async def receive_answer(reader: asyncio.StreamReader, url: str) -> ApiAnswer:
 
 def api_problem(verb: str, path: str, status: int, message: str) -> str:
     """Why the API server refused VERB on PATH with STATUS and MESSAGE, in one sentence."""
-    match = re.match(rf"(?:/api/v1|{_API})(?:/namespaces/[^/]+)?/([a-z]+)", path)
-    kind = match[1] if match else path
+    kind = re.sub(rf"^(?:/api/v1|{_API})(?:/namespaces/[^/]+)?/([a-z]+).*", r"\1", path)
     ending = f": {printable(message)[:MAX_SHOWN]}" if message else ""
     if status == 403:
         return f'the service account lacks the right "{verb}" on "{kind}" (403){ending}'
@@ -4051,11 +4014,8 @@ class ApiServer:
     ) -> Any:
         """What READ reads in the answer to VERB on PATH, its metadata if there is no READ, within 2 * API_SECONDS. None
         if its status is NONE_IF; if that is 404, the answer must name PATH's object: a load balancer without a backend,
-        and an API server without resource.k8s.io/v1, answer 404, too.
-
-        The API server decides what runs on the node anyway, so READ may trust the answer: whatever it raises because
-        the answer is another one becomes an ApiError. Raises ApiError.
-        """
+        and an API server without resource.k8s.io/v1, answer 404, too. Raises ApiError, also if READ raises UNEXPECTED:
+        the API server decides what runs on the node anyway, so READ may trust its answer."""
         status, document = await self._send(verb, path, body)
         if status == 401:  # the token was replaced while the request was on its way
             status, document = await self._send(verb, path, body)
@@ -4084,7 +4044,13 @@ class ApiServer:
         except asyncio.TimeoutError:
             self.problem = f"the API server at {self.url} did not answer within {API_SECONDS:.0f} s"
         except (OSError, RuntimeError) as error:  # Python raises the latter if there can be no more threads
-            self.problem = f"the API server at {self.url} {_connection_problem(error, self._ca_file)}"
+            number = getattr(error, "errno", None) or 0  # of ssl.SSLError, it is none of the system's, but has a reason
+            reason = getattr(error, "reason", "") or (os.strerror(number) if number > 0 else str(error) or repr(error))
+            problem = f"does not answer: {printable(reason)[:MAX_SHOWN]}"
+            verify_message = getattr(error, "verify_message", "")  # of ssl.SSLCertVerificationError
+            if verify_message:
+                problem = f"has a certificate that is not signed by a CA in {self._ca_file}: {verify_message}"
+            self.problem = f"the API server at {self.url} {problem}"
         except ApiError as error:
             self.problem = str(error)
         finally:
@@ -4136,22 +4102,10 @@ def _read_file(path: str) -> bytes:
         return file.read(MAX_FILE_BYTES) or b""  # None: a FIFO whose writer has written nothing
 
 
-def _connection_problem(error: OSError | RuntimeError, ca_file: str) -> str:
-    """Why there is no answer, as the rest of a sentence that begins with the API server."""
-    verify_message = getattr(error, "verify_message", "")  # of ssl.SSLCertVerificationError
-    if verify_message:
-        return f"has a certificate that is not signed by a CA in {ca_file}: {verify_message}"
-    number = getattr(error, "errno", None) or 0  # of ssl.SSLError, it is none of the system's, but a reason is there
-    reason = getattr(error, "reason", "") or (os.strerror(number) if number > 0 else str(error) or repr(error))
-    return f"does not answer: {printable(reason)[:MAX_SHOWN]}"
-
-
 class CdiFiles:
-    """The CDI files of the driver DOMAIN in FOLDER, one per prepared claim. Other files are left alone.
-
-    Beside each stands a link whose target is the claim's namespace and name. So if the file is lost, the API server can
-    still be asked what the claim holds; the kubelet does not prepare the claim of a running pod a second time.
-    """
+    """The CDI files of the driver DOMAIN in FOLDER, one per prepared claim. Other files are left alone. Beside each is
+    a link whose target is the claim's namespace and name: if the file is lost, the API server can be asked what the
+    claim holds, since the kubelet does not prepare the claim of a running pod a second time."""
 
     def __init__(self, folder: str, domain: str) -> None:
         self._folder = folder
@@ -4187,8 +4141,7 @@ class CdiFiles:
         return claim
 
     def write(self, claim: PreparedClaim) -> bool:
-        """Have the file of CLAIM hold what it should; whether it had to be written, and was read back. Raises
-        OSError."""
+        """Have the file of CLAIM hold what it should; whether it had to be written. Raises OSError."""
         content = json.dumps(cdi_document(claim, self._domain)).encode()
         if self._holds(claim, content):
             return False
@@ -4213,10 +4166,9 @@ class CdiFiles:
     def _holds(self, claim: PreparedClaim, content: bytes) -> bool:
         """Whether file and link of CLAIM are there, the file with this CONTENT."""
         path, link, _ = self.paths(claim.uid)
-        try:
+        with contextlib.suppress(OSError):
             return os.readlink(link) == claim.full_name and _read_file(path) == content
-        except OSError:
-            return False
+        return False
 
 
 def _unlink(path: str) -> None:
@@ -4225,11 +4177,8 @@ def _unlink(path: str) -> None:
 
 
 class Claims:
-    """The claims that are prepared on this node: prepares them, unprepares them, and keeps their CDI files.
-
-    Between open() and close(), this instance alone serves the driver; it takes up what others have left. Belongs to a
-    loop.
-    """
+    """The claims that are prepared on this node: prepares and unprepares them, and keeps their CDI files. Between
+    open() and close(), this instance alone serves the driver, and takes up what others have left. Belongs to a loop."""
 
     PREPARE_SECONDS = 20.0  # the kubelet waits for 45 s, and after an error it asks again only 60 to 90 s later
     RETRY_SECONDS = 1.0  # before the next try to prepare a claim
@@ -4243,12 +4192,10 @@ class Claims:
         self.allocations: Counter[str] = Counter()  # slots that were prepared, by resource
         self._plan = EMPTY_PLAN
         self._slots: SlotsOfDra = {}  # those of the plan
-        self._is_stale = True  # what is prepared is to be derived again
         self.lost: dict[str, ClaimedDevice] = {}  # prepared devices that are gone and not in the plan, by name
-        self._is_open = False
+        self._is_open = self._is_stale = False  # it is stale if what is prepared is to be derived again
         self._unread: dict[str, set[str] | None] = {}  # files that cannot be read: their devices; None: unknown
-        # Claims that the API server may not have: time.monotonic() when it first said so, None: it has not.
-        self._doubts: dict[str, float | None] = {}
+        self._doubts: dict[str, float | None] = {}  # claims that may be gone: time.monotonic() of the first 404
         self._rewrites: Counter[str] = Counter()  # CDI files that were written again, which is not logged yet, by claim
         self._logged_at = -math.inf  # time.monotonic() when such were logged last
         self._options = options
@@ -4278,9 +4225,6 @@ class Claims:
         is_changed = self._is_stale or plan is not self._plan
         self._is_stale, self._plan, self._slots, self.lost = False, plan, slots, {}
         for claim in list(self.prepared.values()):
-            followed = [(device, *self._follow(device)) for device in claim.devices]
-            self.lost.update((device.name, device) for device, slot, problem in followed if problem and not slot)
-            is_changed |= any(device.problem != problem for device, _, problem in followed)
             try:
                 self._rewrite(claim, is_changed)
             except AllocationError:
@@ -4298,8 +4242,7 @@ class Claims:
             self._notify()
 
     async def check(self) -> float:
-        """Ask the API server about the claims that it may not have; after how many seconds to ask again. Raises
-        ApiError."""
+        """Ask the API server about claims that may be gone; after how many seconds to ask again. Raises ApiError."""
         for uid in list(self._doubts):
             await self._check(uid)
         ends = [since + self.GONE_SECONDS - time.monotonic() for since in self._doubts.values() if since]
@@ -4324,8 +4267,7 @@ class Claims:
                         if device.problem:
                             raise AllocationError("UNAVAILABLE", f"{device.path}: {device.problem}")
                     return before
-                if not allocated:
-                    allocated = await wait_bounded(self._read(claim), end - time.monotonic())
+                allocated = allocated or await wait_bounded(self._read(claim), end - time.monotonic())
                 if not allocated:
                     text = f"the API server has no claim {claim.full_name} with the uid {claim.uid}"
                     raise AllocationError("NOT_FOUND", text)
@@ -4367,7 +4309,7 @@ class Claims:
         self._take_up()
         for problem in self._holders(claim).values():
             raise AllocationError("UNAVAILABLE", problem)
-        claim = claim._replace(devices=prepare_devices(claim.devices, self._slots, self._host))
+        claim = claim._replace(devices=tuple(prepare_devices(claim.devices, self._slots, self._host)))
         if claim.devices:
             self._files.write(claim)
             self.prepared[claim.uid] = claim
@@ -4378,11 +4320,11 @@ class Claims:
         return claim
 
     def _rewrite(self, claim: PreparedClaim, is_changed: bool = True) -> PreparedClaim:
-        """CLAIM, which is prepared, with what a container is given for its devices now, if that IS_CHANGED. Its CDI
-        file becomes so. A device that new pods are not offered any more stays as it was. Raises AllocationError and
-        OSError."""
-        if is_changed:
-            followed = [(device, *self._follow(device)) for device in claim.devices]
+        """Bring the prepared CLAIM and its file up to date with the plan, which IS_CHANGED or not, and /dev. A device
+        that new pods are not offered any more stays as it was. Raises AllocationError and OSError."""
+        followed = [(device, *self._follow(device)) for device in claim.devices]
+        self.lost.update((device.name, device) for device, slot, problem in followed if problem and not slot)
+        if is_changed or any(device.problem != problem for device, _, problem in followed):
             offered = [device for device, slot, _ in followed if slot and not slot.device.problem]
             fresh = {device.name: device for device in prepare_devices(offered, self._slots, self._host)}
             devices = (fresh.get(old.name, old._replace(problem=problem)) for old, _, problem in followed)
@@ -4393,12 +4335,22 @@ class Claims:
         return claim
 
     def _log_not_written(self, claim: PreparedClaim, error: AllocationError | OSError) -> None:
-        why = error.strerror if isinstance(error, OSError) else error
-        text = f"cannot write {self._files.paths(claim.uid)[0]}: {why}"
+        text = f"cannot write {self._files.paths(claim.uid)[0]}: {getattr(error, 'strerror', error)}"
         board.set(claim.uid, text, "cdi-file-not-rewritten", claim=claim.full_name)
 
     def _follow(self, device: ClaimedDevice) -> tuple[Slot | None, str]:
-        return follow_device(device, self._plan, self._slots, self._options.dev_dir)
+        """The slot of the plan that DEVICE is, if there is one; and why no container may start with it, if none may: it
+        or a companion is gone, or another one is in its place. One that was gone is back only if a rule chooses it."""
+        resource, slot = self._plan.resources.get(device.resource), self._slots.get(device.name)
+        found = next((own for own in (resource.devices if resource else ()) if device_path(own) == device.path), None)
+        # Rules by attributes tell sticks apart: if it was gone, what another resource has at its path is another one.
+        if not found and slot and not (device.problem and slot.device.chosen_by):
+            found = slot.device
+        if found:
+            return slot if slot and slot.device is found else None, "" if found.specs else found.problem
+        if device.path.startswith("/dev/") and not os.path.exists(self._options.dev_dir + device.path[len("/dev") :]):
+            return None, Reason.GONE.template
+        return None, Reason.SWAPPED.template if device.problem else ""
 
     def _holders(self, claim: PreparedClaim) -> dict[str, str]:
         """The other claims that take, or may take, devices of CLAIM: by uid, a sentence that says so."""
@@ -4414,8 +4366,7 @@ class Claims:
         return found
 
     async def _read(self, claim: PreparedClaim) -> PreparedClaim | None:
-        """CLAIM with the devices that it was allocated; None if there is no such claim. Raises ApiError and
-        AllocationError."""
+        """CLAIM with what it was allocated; None if there is no such claim. Raises ApiError and AllocationError."""
         path = f"{_API}/namespaces/{claim.namespace}/resourceclaims/{claim.name}"
         read = functools.partial(read_claim, claim=claim, domain=self._options.domain, node=self._options.node_name)
         found: PreparedClaim | None = await self._api.call("get", path, read=read, none_if=404)
@@ -4428,8 +4379,7 @@ class Claims:
             text = "this instance of the driver has ended; the next one will do it"  # and must know of it
             raise AllocationError("FAILED_PRECONDITION", text)
         uids = self._files.uids()
-        for uid in self._unread.keys() - uids:  # somebody has removed it
-            del self._unread[uid]
+        self._unread = {uid: taken for uid, taken in self._unread.items() if uid in uids}  # others were removed
         for uid in uids - self.prepared.keys():
             self._doubts.setdefault(uid, None)
             try:
@@ -4437,10 +4387,9 @@ class Claims:
                 self._unread.pop(uid, None)
             except (OSError, *UNEXPECTED) as error:
                 if uid not in self._unread:
-                    why = error.strerror if isinstance(error, OSError) else error
+                    self._unread[uid], why = None, getattr(error, "strerror", error)
                     text = f"this CDI file cannot be read, so no device is given that its claim may have: {why}"
                     log_event("cdi-file-unreadable", text, logging.WARNING, file=self._files.paths(uid)[0])
-                self._unread.setdefault(uid, None)
 
     async def _check(self, uid: str) -> None:
         """Drop the claim UID if the API server has said GONE_SECONDS ago, too, that it does not exist. If it does, and
@@ -4452,8 +4401,7 @@ class Claims:
             allocated = await self._read(claim)
             if allocated is None:  # an API server without slices has no claims either
                 await self._api.call("list", f"{_API}/resourceslices?limit=1", read=lambda document: document["items"])
-                since = self._doubts.get(uid) or time.monotonic()
-                self._doubts[uid] = since
+                since = self._doubts[uid] = self._doubts.get(uid) or time.monotonic()
                 if self._is_open and time.monotonic() - since >= self.GONE_SECONDS:
                     problem = self.unprepare(uid, "the API server has no such claim any more")
                     board.set(uid, problem, "cdi-file-not-removed", claim=claim.full_name)
@@ -4476,11 +4424,9 @@ class Claims:
 
 class Publisher:
     """Keeps the ResourceSlices of NODE and the DeviceClasses on the API server as they are wanted. Belongs to a loop.
-
     All slices carry one generation, so they are written together or not at all: not if the server already has them, as
     written or as it changed them. The classes, and CHECK_CLAIMS, are tasks of their own: with many resources, or if no
-    class can be made, a lost device is tainted all the same.
-    """
+    class can be made, a lost device is tainted all the same."""
 
     SLICES_AT_ONCE = 16  # in an answer, of up to 100 KB and 1,500 objects each
     MAX_GENERATION = (1 << 63) - 1  # of a pool; the API has it as int64
@@ -4580,9 +4526,8 @@ class Publisher:
                 body["metadata"]["resourceVersion"] = copies[name].version
                 verb, place = "update", f"{path}/{name}"
             copies[name] = await self._api.call(verb, place, body, read=read_slice)
-        count = pluralize(sum(number for number, _ in wanted), "device")
-        sentence = f"published {count} in {pluralize(len(wanted), 'ResourceSlice')}"
-        log_event("published", sentence, generation=generation)
+        devices, slices = sum(count for count, _ in wanted), pluralize(len(wanted), "ResourceSlice")
+        log_event("published", f"published {pluralize(devices, 'device')} in {slices}", generation=generation)
 
     async def _make_classes(self) -> float:
         """Make the missing DeviceClasses. Others use them too, so none is changed."""
@@ -4733,7 +4678,7 @@ class DraSide(KubeletSide):
         self._publisher = Publisher(self._api, options.node_name, self.domain, self._claims.check)
         self._plugin = DraPlugin(options, self._claims, self._publisher.refresh)
         self._plan: Plan | None = None
-        self._gone_since: Mapping[str, float] = {}  # time.monotonic(), by name of a device in the slices
+        self._gone_since: dict[str, float] = {}  # time.monotonic(), by name of a device in the slices
         self._wanted_from: tuple[object, ...] = ()  # what the slices were last derived from
         self._is_standby = False  # another instance serves the driver
         self._leases = Leases(f"{self.plugin_dir}/driver.lock")
@@ -4752,12 +4697,11 @@ class DraSide(KubeletSide):
         await self._check_sockets()
         self._plugin.check_kubelet()
         self._claims.look(self._plan, self.slots)
-        now, lost = time.monotonic(), self._claims.lost
-        since_when = {name: slot.device.since for name, slot in self.slots.items() if slot.device.is_gone}
-        since_when.update((name, self._gone_since.get(name, now)) for name in lost)
-        self._gone_since = since_when
-        evicted = {name for name, since in since_when.items() if now - since >= self._options.gone_grace}
-        wanted_from = (self._plan, lost.keys(), evicted)
+        before, lost, now = self._gone_since, self._claims.lost, time.monotonic()
+        self._gone_since = {name: slot.device.since for name, slot in self.slots.items() if slot.device.is_gone}
+        self._gone_since.update((name, before.get(name, now)) for name in lost)
+        evicted = {name for name, since in self._gone_since.items() if now - since >= self._options.gone_grace}
+        wanted_from = (self._plan, set(lost), evicted)  # a copy: Prepare may add to those that are lost
         if wanted_from != self._wanted_from:
             self._wanted_from = wanted_from
             wanted: dict[str, Slot | ClaimedDevice] = {**self.slots, **lost}
@@ -4775,18 +4719,11 @@ class DraSide(KubeletSide):
         return self._publisher.problem if self._plugin.is_registered else unready_text(board.get("driver"))
 
     def describe_registration(self, name: str) -> Document:
-        """The part of the status document about the resource NAME: the driver is registered for all of them."""
-        return {
-            **NOT_REGISTERED,
-            "ready": not self.problem,
-            "served_by_other": self._is_standby,
-            "trouble": self.problem,
-            "allocations": self._claims.allocations[name],
-            "registrations": self._plugin.registrations,
-        }
+        state = {"ready": not self.problem, "served_by_other": self._is_standby, "trouble": self.problem}
+        counts = {"allocations": self._claims.allocations[name], "registrations": self._plugin.registrations}
+        return {**NOT_REGISTERED, **state, **counts}
 
     def describe(self) -> Document:
-        """The parts of the status document about the kubelet and about DRA."""
         api, plugin, publisher = self._api, self._plugin, self._publisher
         dra = {
             "problem": self.problem,
