@@ -3631,19 +3631,17 @@ class DevicePluginSide(KubeletSide):
 # again at least every second, and when the plan or the CDI folder changes. It repairs CDI files at once; it compares
 # the slices with those on the API server after a change, and every 50 s.
 #
-# Its memory is the CDI files, and beside each a link that names the claim; so what is prepared survives a restart of
-# the driver. A device belongs to one claim (adminAccess takes it from nobody) until the kubelet unprepares that claim,
-# or the API server has said twice, GONE_SECONDS apart, that it does not exist. The driver asks only about claims whose
-# files it found at its start, and when another claim wants the device. Nothing is awaited between looking who has a
-# device and writing the file, so no two claims get it. While a file cannot be read, no other claim is prepared, until
-# the API server has said which devices it has. Sockets are made again at each start. The slices outlive the driver:
-# the next one compares them with what it wants, and writes them only if they differ.
+# Its memory, which survives restarts, is the CDI files, and beside each a link that names the claim. A device belongs
+# to one claim (adminAccess takes it from nobody) until the kubelet unprepares that claim, or the API server has said
+# twice, GONE_SECONDS apart, that it does not exist. The driver asks only about claims whose files it found at its
+# start, and when another claim wants the device. Nothing is awaited between looking who has a device and writing the
+# file, so no two claims get it. While a file cannot be read, no other claim is prepared, until the API server has said
+# which devices it has. The slices outlive the driver: the next one writes them only if they are not as it wants.
 #
 # A device that goes is tainted NoSchedule at once, and NoExecute, which evicts its pod, after --gone-grace. Until it
-# is back, its CDI device has another name (with GONE at its end), so that no container starts with whatever is at its path.
-# A restarted driver sees by this name that the device was gone, and does not take another stick at that path for it. A
-# device that is there, but that no rule names or chooses any more, stays with its pod: the config file was edited, and
-# no pod is lost for that.
+# is back, its CDI device has another name (GONE at its end), so that no container starts with what is at its path. A
+# restarted driver sees by this name that the device was gone, and does not take another stick at that path for it. A
+# device that is there, but that no rule names or chooses any more, stays with its pod: no edit of a rule costs a pod.
 # ---------------------------------------------------------------------------------------------------------------------
 
 MAX_SLICE_DEVICES = 64  # the API takes 128, but only 64 once one of them has a taint
@@ -3708,8 +3706,7 @@ def short_hash(text: str) -> str:
 
 
 def slots_by_device_name(plan: Plan) -> SlotsOfDra:
-    """Every slot of PLAN by its device's name in the slices, which follows from path and slot alone. If two resources
-    have the path, it is the slot of the device that is there."""
+    """Every slot of PLAN by its device's name in the slices; if two resources have its path, the one that is there."""
     slots: dict[str, Slot] = {}
     for resource in plan.resources.values():
         labels = {device.path: dns_label(device.path, 63 - len("-9999")) for device in resource.devices}
@@ -3721,8 +3718,7 @@ def slots_by_device_name(plan: Plan) -> SlotsOfDra:
 
 
 def slice_device(name: str, device: Slot | ClaimedDevice, domain: str, evicts: bool = False) -> Document:
-    """DEVICE as the device NAME of a ResourceSlice: a slot, or a prepared device that is gone and not in the plan. One
-    that is Unhealthy is given to no new pod; if it EVICTS, it also costs the pods that have it."""
+    """DEVICE as the device NAME of a ResourceSlice: a slot, or a prepared device that is gone and not in the plan."""
     if isinstance(device, Slot):
         resource, found = device.resource, device.device
         values: Document = {"resource": resource.name, "path": device_path(found), "slot": device.number, **found.facts}
@@ -3735,7 +3731,6 @@ def slice_device(name: str, device: Slot | ClaimedDevice, domain: str, evicts: b
     for key, value in values.items():
         text = str(value).encode("utf-8", "backslashreplace")[:64].decode("utf-8", "ignore")  # a limit of the API
         attributes[key] = {"int": value} if isinstance(value, int) else {"string": text}
-    # NoSchedule: the scheduler gives it to no pod. NoExecute: the control plane also evicts the pods that have it.
     effect = "NoExecute" if evicts else "NoSchedule"
     taints = {"taints": [{"key": f"{domain}/{taint}", "effect": effect}]} if taint else {}
     return {"name": name, "attributes": attributes, **taints}
@@ -3750,11 +3745,9 @@ def slice_name(node: str, domain: str, index: int) -> str:
     return f"{readable}-{short_hash(f'{node}/{domain}')}-{index}"
 
 
-def resource_slices(
-    domain: str, node: str, node_uid: str, generation: int, groups: Sequence[SliceGroup]
-) -> Iterator[Document]:
-    """The ResourceSlices of NODE, one per group of devices. The Node owns them, so they are deleted with it."""
-    owner = {"apiVersion": "v1", "kind": "Node", "name": node, "uid": node_uid}
+def resource_slices(domain: str, node: str, uid: str, generation: int, groups: list[SliceGroup]) -> Iterator[Document]:
+    """The ResourceSlices of NODE, one per group of devices. The Node (UID) owns them, so they are deleted with it."""
+    owner = {"apiVersion": "v1", "kind": "Node", "name": node, "uid": uid}
     pool = {"name": node, "generation": generation, "resourceSliceCount": len(groups)}
     for index, (_, devices) in enumerate(groups):
         spec = {"driver": domain, "nodeName": node, "pool": pool, "devices": json.loads(devices)}
@@ -3797,17 +3790,13 @@ def read_slice(item: Document) -> SliceCopy:
 
 def read_slices(answer: Document, domain: str, node: str) -> tuple[dict[str, SliceCopy], str]:
     """The slices in ANSWER, a list, that are of the driver DOMAIN and of NODE, by name; and where the list goes on."""
-    slices = {}
-    for item in answer["items"]:
-        if (item["spec"]["driver"], item["spec"].get("nodeName")) == (domain, node):
-            slices[item["metadata"]["name"]] = read_slice(item)
-    return slices, answer["metadata"].get("continue", "")
+    own = [item for item in answer["items"] if (item["spec"]["driver"], item["spec"].get("nodeName")) == (domain, node)]
+    return {item["metadata"]["name"]: read_slice(item) for item in own}, answer["metadata"].get("continue", "")
 
 
 def read_claim(document: Document, claim: PreparedClaim, domain: str, node: str) -> PreparedClaim | None:
     """CLAIM with the devices of the driver DOMAIN on NODE that it was allocated, each once for all of its requests;
-    None if DOCUMENT is another claim of its name. Raises AllocationError, and one of UNEXPECTED for what is no claim.
-    """
+    None if DOCUMENT is another claim of its name. Raises AllocationError, and one of UNEXPECTED if it is no claim."""
     if document["metadata"]["name"] != claim.name:
         raise ValueError("this is not the claim")
     if document["metadata"]["uid"] != claim.uid:
@@ -3828,9 +3817,7 @@ def read_claim(document: Document, claim: PreparedClaim, domain: str, node: str)
     return claim._replace(devices=tuple(found.values()))
 
 
-def prepare_devices(
-    devices: Sequence[ClaimedDevice], slots: SlotsOfDra, host: HostDevices
-) -> tuple[ClaimedDevice, ...]:
+def prepare_devices(devices: Sequence[ClaimedDevice], slots: SlotsOfDra, host: HostDevices) -> list[ClaimedDevice]:
     """DEVICES with what containers are given for them now. A container gets all devices of a request, so they must not
     conflict and they share their env, like the slots of one Allocate. Raises AllocationError."""
     for device in devices:
@@ -3851,26 +3838,7 @@ def prepare_devices(
         edits = {key: value for key, value in (("env", env), ("deviceNodes", list(nodes.values()))) if value}
         path = device_path(slot.device)
         prepared.append(device._replace(resource=slot.resource.name, path=path, edits=edits, problem=""))
-    return tuple(prepared)
-
-
-def follow_device(device: ClaimedDevice, plan: Plan, slots: SlotsOfDra, dev_dir: str) -> tuple[Slot | None, str]:
-    """The slot of PLAN, one of its SLOTS, that DEVICE is, if there is one; and why no container may start with DEVICE:
-    it or a companion is gone, or another one is in its place. Empty if one may.
-
-    One that is there, and that no rule names or chooses any more, has no problem. Nor has one that has changed, or
-    whose resource has another name by now. One that was gone is back only if a rule chooses it.
-    """
-    resource, slot = plan.resources.get(device.resource), slots.get(device.name)
-    found = next((own for own in (resource.devices if resource else ()) if device_path(own) == device.path), None)
-    # Rules by attributes tell sticks apart: if it was gone, what another resource has at its path is another one.
-    if not found and slot and not (device.problem and slot.device.chosen_by):
-        found = slot.device
-    if found:
-        return slot if slot and slot.device is found else None, "" if found.specs else found.problem
-    if device.path.startswith("/dev/") and not os.path.exists(dev_dir + device.path[len("/dev") :]):
-        return None, Reason.GONE.template
-    return None, Reason.SWAPPED.template if device.problem else ""
+    return prepared
 
 
 def cdi_document(claim: PreparedClaim, domain: str) -> Document:
@@ -3879,13 +3847,9 @@ def cdi_document(claim: PreparedClaim, domain: str) -> Document:
     for device in claim.devices:
         notes = {"request": ",".join(device.requests), "resource": device.resource, "path": device.path}
         notes.update({"admin-access": "true"} if device.is_admin else {})
-        devices.append(
-            {
-                "name": f"{claim.uid}-{device.name}" + (GONE if device.problem else ""),
-                "annotations": {f"{domain}/{key}": value for key, value in notes.items()},
-                "containerEdits": device.edits,
-            }
-        )
+        annotations = {f"{domain}/{key}": value for key, value in notes.items()}
+        name = f"{claim.uid}-{device.name}" + (GONE if device.problem else "")
+        devices.append({"name": name, "annotations": annotations, "containerEdits": device.edits})
     notes = {f"{domain}/claim-{key}": getattr(claim, key) for key in ("uid", "namespace", "name")}
     return {"cdiVersion": "0.6.0", "kind": f"{domain}/device", "annotations": notes, "devices": devices}
 
@@ -3966,8 +3930,7 @@ async def receive_answer(reader: asyncio.StreamReader, url: str) -> ApiAnswer:
 
 def api_problem(verb: str, path: str, status: int, message: str) -> str:
     """Why the API server refused VERB on PATH with STATUS and MESSAGE, in one sentence."""
-    match = re.match(rf"(?:/api/v1|{_API})(?:/namespaces/[^/]+)?/([a-z]+)", path)
-    kind = match[1] if match else path
+    kind = re.sub(rf"^(?:/api/v1|{_API})(?:/namespaces/[^/]+)?/([a-z]+).*", r"\1", path)
     ending = f": {printable(message)[:MAX_SHOWN]}" if message else ""
     if status == 403:
         return f'the service account lacks the right "{verb}" on "{kind}" (403){ending}'
@@ -3999,11 +3962,8 @@ class ApiServer:
     ) -> Any:
         """What READ reads in the answer to VERB on PATH, its metadata if there is no READ, within 2 * API_SECONDS. None
         if its status is NONE_IF; if that is 404, the answer must name PATH's object: a load balancer without a backend,
-        and an API server without resource.k8s.io/v1, answer 404, too.
-
-        The API server decides what runs on the node anyway, so READ may trust the answer: whatever it raises because
-        the answer is another one becomes an ApiError. Raises ApiError.
-        """
+        and an API server without resource.k8s.io/v1, answer 404, too. Raises ApiError, also if READ raises UNEXPECTED:
+        the API server decides what runs on the node anyway, so READ may trust its answer."""
         status, document = await self._send(verb, path, body)
         if status == 401:  # the token was replaced while the request was on its way
             status, document = await self._send(verb, path, body)
@@ -4032,7 +3992,13 @@ class ApiServer:
         except asyncio.TimeoutError:
             self.problem = f"the API server at {self.url} did not answer within {API_SECONDS:.0f} s"
         except (OSError, RuntimeError) as error:  # Python raises the latter if there can be no more threads
-            self.problem = f"the API server at {self.url} {_connection_problem(error, self._ca_file)}"
+            number = getattr(error, "errno", None) or 0  # of ssl.SSLError, it is none of the system's, but has a reason
+            reason = getattr(error, "reason", "") or (os.strerror(number) if number > 0 else str(error) or repr(error))
+            problem = f"does not answer: {printable(reason)[:MAX_SHOWN]}"
+            verify_message = getattr(error, "verify_message", "")  # of ssl.SSLCertVerificationError
+            if verify_message:
+                problem = f"has a certificate that is not signed by a CA in {self._ca_file}: {verify_message}"
+            self.problem = f"the API server at {self.url} {problem}"
         except ApiError as error:
             self.problem = str(error)
         finally:
@@ -4084,22 +4050,10 @@ def _read_file(path: str) -> bytes:
         return file.read(MAX_FILE_BYTES) or b""  # None: a FIFO whose writer has written nothing
 
 
-def _connection_problem(error: OSError | RuntimeError, ca_file: str) -> str:
-    """Why there is no answer, as the rest of a sentence that begins with the API server."""
-    verify_message = getattr(error, "verify_message", "")  # of ssl.SSLCertVerificationError
-    if verify_message:
-        return f"has a certificate that is not signed by a CA in {ca_file}: {verify_message}"
-    number = getattr(error, "errno", None) or 0  # of ssl.SSLError, it is none of the system's, but a reason is there
-    reason = getattr(error, "reason", "") or (os.strerror(number) if number > 0 else str(error) or repr(error))
-    return f"does not answer: {printable(reason)[:MAX_SHOWN]}"
-
-
 class CdiFiles:
-    """The CDI files of the driver DOMAIN in FOLDER, one per prepared claim. Other files are left alone.
-
-    Beside each stands a link whose target is the claim's namespace and name. So if the file is lost, the API server can
-    still be asked what the claim holds; the kubelet does not prepare the claim of a running pod a second time.
-    """
+    """The CDI files of the driver DOMAIN in FOLDER, one per prepared claim. Other files are left alone. Beside each is
+    a link whose target is the claim's namespace and name: if the file is lost, the API server can be asked what the
+    claim holds, since the kubelet does not prepare the claim of a running pod a second time."""
 
     def __init__(self, folder: str, domain: str) -> None:
         self._folder = folder
@@ -4135,8 +4089,7 @@ class CdiFiles:
         return claim
 
     def write(self, claim: PreparedClaim) -> bool:
-        """Have the file of CLAIM hold what it should; whether it had to be written, and was read back. Raises
-        OSError."""
+        """Have the file of CLAIM hold what it should; whether it had to be written. Raises OSError."""
         content = json.dumps(cdi_document(claim, self._domain)).encode()
         if self._holds(claim, content):
             return False
@@ -4161,10 +4114,9 @@ class CdiFiles:
     def _holds(self, claim: PreparedClaim, content: bytes) -> bool:
         """Whether file and link of CLAIM are there, the file with this CONTENT."""
         path, link, _ = self.paths(claim.uid)
-        try:
+        with contextlib.suppress(OSError):
             return os.readlink(link) == claim.full_name and _read_file(path) == content
-        except OSError:
-            return False
+        return False
 
 
 def _unlink(path: str) -> None:
@@ -4173,11 +4125,8 @@ def _unlink(path: str) -> None:
 
 
 class Claims:
-    """The claims that are prepared on this node: prepares them, unprepares them, and keeps their CDI files.
-
-    Between open() and close(), this instance alone serves the driver; it takes up what others have left. Belongs to a
-    loop.
-    """
+    """The claims that are prepared on this node: prepares and unprepares them, and keeps their CDI files. Between
+    open() and close(), this instance alone serves the driver, and takes up what others have left. Belongs to a loop."""
 
     PREPARE_SECONDS = 20.0  # the kubelet waits for 45 s, and after an error it asks again only 60 to 90 s later
     RETRY_SECONDS = 1.0  # before the next try to prepare a claim
@@ -4191,12 +4140,10 @@ class Claims:
         self.allocations: Counter[str] = Counter()  # slots that were prepared, by resource
         self._plan = EMPTY_PLAN
         self._slots: SlotsOfDra = {}  # those of the plan
-        self._is_stale = True  # what is prepared is to be derived again
         self.lost: dict[str, ClaimedDevice] = {}  # prepared devices that are gone and not in the plan, by name
-        self._is_open = False
+        self._is_open = self._is_stale = False  # it is stale if what is prepared is to be derived again
         self._unread: dict[str, set[str] | None] = {}  # files that cannot be read: their devices; None: unknown
-        # Claims that the API server may not have: time.monotonic() when it first said so, None: it has not.
-        self._doubts: dict[str, float | None] = {}
+        self._doubts: dict[str, float | None] = {}  # claims that may be gone: time.monotonic() of the first 404
         self._rewrites: Counter[str] = Counter()  # CDI files that were written again, which is not logged yet, by claim
         self._logged_at = -math.inf  # time.monotonic() when such were logged last
         self._options = options
@@ -4226,9 +4173,6 @@ class Claims:
         is_changed = self._is_stale or plan is not self._plan
         self._is_stale, self._plan, self._slots, self.lost = False, plan, slots, {}
         for claim in list(self.prepared.values()):
-            followed = [(device, *self._follow(device)) for device in claim.devices]
-            self.lost.update((device.name, device) for device, slot, problem in followed if problem and not slot)
-            is_changed |= any(device.problem != problem for device, _, problem in followed)
             try:
                 self._rewrite(claim, is_changed)
             except AllocationError:
@@ -4246,8 +4190,7 @@ class Claims:
             self._notify()
 
     async def check(self) -> float:
-        """Ask the API server about the claims that it may not have; after how many seconds to ask again. Raises
-        ApiError."""
+        """Ask the API server about claims that may be gone; after how many seconds to ask again. Raises ApiError."""
         for uid in list(self._doubts):
             await self._check(uid)
         ends = [since + self.GONE_SECONDS - time.monotonic() for since in self._doubts.values() if since]
@@ -4272,8 +4215,7 @@ class Claims:
                         if device.problem:
                             raise AllocationError("UNAVAILABLE", f"{device.path}: {device.problem}")
                     return before
-                if not allocated:
-                    allocated = await wait_bounded(self._read(claim), end - time.monotonic())
+                allocated = allocated or await wait_bounded(self._read(claim), end - time.monotonic())
                 if not allocated:
                     text = f"the API server has no claim {claim.full_name} with the uid {claim.uid}"
                     raise AllocationError("NOT_FOUND", text)
@@ -4315,7 +4257,7 @@ class Claims:
         self._take_up()
         for problem in self._holders(claim).values():
             raise AllocationError("UNAVAILABLE", problem)
-        claim = claim._replace(devices=prepare_devices(claim.devices, self._slots, self._host))
+        claim = claim._replace(devices=tuple(prepare_devices(claim.devices, self._slots, self._host)))
         if claim.devices:
             self._files.write(claim)
             self.prepared[claim.uid] = claim
@@ -4326,11 +4268,11 @@ class Claims:
         return claim
 
     def _rewrite(self, claim: PreparedClaim, is_changed: bool = True) -> PreparedClaim:
-        """CLAIM, which is prepared, with what a container is given for its devices now, if that IS_CHANGED. Its CDI
-        file becomes so. A device that new pods are not offered any more stays as it was. Raises AllocationError and
-        OSError."""
-        if is_changed:
-            followed = [(device, *self._follow(device)) for device in claim.devices]
+        """Bring the prepared CLAIM and its file up to date with the plan, which IS_CHANGED or not, and /dev. A device
+        that new pods are not offered any more stays as it was. Raises AllocationError and OSError."""
+        followed = [(device, *self._follow(device)) for device in claim.devices]
+        self.lost.update((device.name, device) for device, slot, problem in followed if problem and not slot)
+        if is_changed or any(device.problem != problem for device, _, problem in followed):
             offered = [device for device, slot, _ in followed if slot and not slot.device.problem]
             fresh = {device.name: device for device in prepare_devices(offered, self._slots, self._host)}
             devices = (fresh.get(old.name, old._replace(problem=problem)) for old, _, problem in followed)
@@ -4341,12 +4283,22 @@ class Claims:
         return claim
 
     def _log_not_written(self, claim: PreparedClaim, error: AllocationError | OSError) -> None:
-        why = error.strerror if isinstance(error, OSError) else error
-        text = f"cannot write {self._files.paths(claim.uid)[0]}: {why}"
+        text = f"cannot write {self._files.paths(claim.uid)[0]}: {getattr(error, 'strerror', error)}"
         board.set(claim.uid, text, "cdi-file-not-rewritten", claim=claim.full_name)
 
     def _follow(self, device: ClaimedDevice) -> tuple[Slot | None, str]:
-        return follow_device(device, self._plan, self._slots, self._options.dev_dir)
+        """The slot of the plan that DEVICE is, if there is one; and why no container may start with it, if none may: it
+        or a companion is gone, or another one is in its place. One that was gone is back only if a rule chooses it."""
+        resource, slot = self._plan.resources.get(device.resource), self._slots.get(device.name)
+        found = next((own for own in (resource.devices if resource else ()) if device_path(own) == device.path), None)
+        # Rules by attributes tell sticks apart: if it was gone, what another resource has at its path is another one.
+        if not found and slot and not (device.problem and slot.device.chosen_by):
+            found = slot.device
+        if found:
+            return slot if slot and slot.device is found else None, "" if found.specs else found.problem
+        if device.path.startswith("/dev/") and not os.path.exists(self._options.dev_dir + device.path[len("/dev") :]):
+            return None, Reason.GONE.template
+        return None, Reason.SWAPPED.template if device.problem else ""
 
     def _holders(self, claim: PreparedClaim) -> dict[str, str]:
         """The other claims that take, or may take, devices of CLAIM: by uid, a sentence that says so."""
@@ -4362,8 +4314,7 @@ class Claims:
         return found
 
     async def _read(self, claim: PreparedClaim) -> PreparedClaim | None:
-        """CLAIM with the devices that it was allocated; None if there is no such claim. Raises ApiError and
-        AllocationError."""
+        """CLAIM with what it was allocated; None if there is no such claim. Raises ApiError and AllocationError."""
         path = f"{_API}/namespaces/{claim.namespace}/resourceclaims/{claim.name}"
         read = functools.partial(read_claim, claim=claim, domain=self._options.domain, node=self._options.node_name)
         found: PreparedClaim | None = await self._api.call("get", path, read=read, none_if=404)
@@ -4376,8 +4327,7 @@ class Claims:
             text = "this instance of the driver has ended; the next one will do it"  # and must know of it
             raise AllocationError("FAILED_PRECONDITION", text)
         uids = self._files.uids()
-        for uid in self._unread.keys() - uids:  # somebody has removed it
-            del self._unread[uid]
+        self._unread = {uid: taken for uid, taken in self._unread.items() if uid in uids}  # others were removed
         for uid in uids - self.prepared.keys():
             self._doubts.setdefault(uid, None)
             try:
@@ -4385,10 +4335,9 @@ class Claims:
                 self._unread.pop(uid, None)
             except (OSError, *UNEXPECTED) as error:
                 if uid not in self._unread:
-                    why = error.strerror if isinstance(error, OSError) else error
+                    self._unread[uid], why = None, getattr(error, "strerror", error)
                     text = f"this CDI file cannot be read, so no device is given that its claim may have: {why}"
                     log_event("cdi-file-unreadable", text, logging.WARNING, file=self._files.paths(uid)[0])
-                self._unread.setdefault(uid, None)
 
     async def _check(self, uid: str) -> None:
         """Drop the claim UID if the API server has said GONE_SECONDS ago, too, that it does not exist. If it does, and
@@ -4400,8 +4349,7 @@ class Claims:
             allocated = await self._read(claim)
             if allocated is None:  # an API server without slices has no claims either
                 await self._api.call("list", f"{_API}/resourceslices?limit=1", read=lambda document: document["items"])
-                since = self._doubts.get(uid) or time.monotonic()
-                self._doubts[uid] = since
+                since = self._doubts[uid] = self._doubts.get(uid) or time.monotonic()
                 if self._is_open and time.monotonic() - since >= self.GONE_SECONDS:
                     problem = self.unprepare(uid, "the API server has no such claim any more")
                     board.set(uid, problem, "cdi-file-not-removed", claim=claim.full_name)
@@ -4424,11 +4372,9 @@ class Claims:
 
 class Publisher:
     """Keeps the ResourceSlices of NODE and the DeviceClasses on the API server as they are wanted. Belongs to a loop.
-
     All slices carry one generation, so they are written together or not at all: not if the server already has them, as
     written or as it changed them. The classes, and CHECK_CLAIMS, are tasks of their own: with many resources, or if no
-    class can be made, a lost device is tainted all the same.
-    """
+    class can be made, a lost device is tainted all the same."""
 
     SLICES_AT_ONCE = 16  # in an answer, of up to 100 KB and 1,500 objects each
     MAX_GENERATION = (1 << 63) - 1  # of a pool; the API has it as int64
@@ -4528,9 +4474,8 @@ class Publisher:
                 body["metadata"]["resourceVersion"] = copies[name].version
                 verb, place = "update", f"{path}/{name}"
             copies[name] = await self._api.call(verb, place, body, read=read_slice)
-        count = pluralize(sum(number for number, _ in wanted), "device")
-        sentence = f"published {count} in {pluralize(len(wanted), 'ResourceSlice')}"
-        log_event("published", sentence, generation=generation)
+        devices, slices = sum(count for count, _ in wanted), pluralize(len(wanted), "ResourceSlice")
+        log_event("published", f"published {pluralize(devices, 'device')} in {slices}", generation=generation)
 
     async def _make_classes(self) -> float:
         """Make the missing DeviceClasses. Others use them too, so none is changed."""
@@ -4681,7 +4626,7 @@ class DraSide(KubeletSide):
         self._publisher = Publisher(self._api, options.node_name, self.domain, self._claims.check)
         self._plugin = DraPlugin(options, self._claims, self._publisher.refresh)
         self._plan: Plan | None = None
-        self._gone_since: Mapping[str, float] = {}  # time.monotonic(), by name of a device in the slices
+        self._gone_since: dict[str, float] = {}  # time.monotonic(), by name of a device in the slices
         self._wanted_from: tuple[object, ...] = ()  # what the slices were last derived from
         self._is_standby = False  # another instance serves the driver
         self._leases = Leases(f"{self.plugin_dir}/driver.lock")
@@ -4700,12 +4645,11 @@ class DraSide(KubeletSide):
         await self._check_sockets()
         self._plugin.check_kubelet()
         self._claims.look(self._plan, self.slots)
-        now, lost = time.monotonic(), self._claims.lost
-        since_when = {name: slot.device.since for name, slot in self.slots.items() if slot.device.is_gone}
-        since_when.update((name, self._gone_since.get(name, now)) for name in lost)
-        self._gone_since = since_when
-        evicted = {name for name, since in since_when.items() if now - since >= self._options.gone_grace}
-        wanted_from = (self._plan, lost.keys(), evicted)
+        before, lost, now = self._gone_since, self._claims.lost, time.monotonic()
+        self._gone_since = {name: slot.device.since for name, slot in self.slots.items() if slot.device.is_gone}
+        self._gone_since.update((name, before.get(name, now)) for name in lost)
+        evicted = {name for name, since in self._gone_since.items() if now - since >= self._options.gone_grace}
+        wanted_from = (self._plan, set(lost), evicted)  # a copy: Prepare may add to those that are lost
         if wanted_from != self._wanted_from:
             self._wanted_from = wanted_from
             wanted: dict[str, Slot | ClaimedDevice] = {**self.slots, **lost}
@@ -4723,18 +4667,11 @@ class DraSide(KubeletSide):
         return self._publisher.problem if self._plugin.is_registered else unready_text(board.get("driver"))
 
     def describe_registration(self, name: str) -> Document:
-        """The part of the status document about the resource NAME: the driver is registered for all of them."""
-        return {
-            **NOT_REGISTERED,
-            "ready": not self.problem,
-            "served_by_other": self._is_standby,
-            "trouble": self.problem,
-            "allocations": self._claims.allocations[name],
-            "registrations": self._plugin.registrations,
-        }
+        state = {"ready": not self.problem, "served_by_other": self._is_standby, "trouble": self.problem}
+        counts = {"allocations": self._claims.allocations[name], "registrations": self._plugin.registrations}
+        return {**NOT_REGISTERED, **state, **counts}
 
     def describe(self) -> Document:
-        """The parts of the status document about the kubelet and about DRA."""
         api, plugin, publisher = self._api, self._plugin, self._publisher
         dra = {
             "problem": self.problem,
@@ -4803,11 +4740,9 @@ class DraSide(KubeletSide):
 # paths of the server are a public interface. A new metric is one more line of FAMILIES.
 # ---------------------------------------------------------------------------------------------------------------------
 
-# The document. --list --json prints its parts "resources", "shared", "left_out" and "unused".
-
 
 def describe_plan(plan: Plan, resources: Sequence[Document], domain: str) -> Document:
-    """What PLAN offers (RESOURCES, described already), what it leaves out, and its rules that matched nothing."""
+    """What PLAN offers (RESOURCES, described already) and leaves out, and its unused rules: --list --json prints it."""
 
     def offer(name: str, device: Device) -> Document:
         return {"resource": f"{domain}/{name}", "path": f"/dev/{device.path}", "line": device.line}
@@ -4824,13 +4759,8 @@ def describe_plan(plan: Plan, resources: Sequence[Document], domain: str) -> Doc
     }
 
 
-def describe_resource(resource: Resource, domain: str, epoch: float) -> Document:
-    """RESOURCE as a document. EPOCH is the time.time() at which time.monotonic() was 0."""
-
-    def describe_node(spec: DeviceSpec) -> Document:
-        paths = {"host": spec.host, "container": spec.container}
-        return {**paths, "permissions": spec.permissions, "targets": [host for host, _ in spec.nodes]}
-
+def describe_resource(resource: Resource, domain: str, epoch: float, **more: object) -> Document:
+    """RESOURCE as a document that ends with MORE. EPOCH is the time.time() at which time.monotonic() was 0."""
     devices = [
         {
             "path": device_path(device),
@@ -4841,13 +4771,16 @@ def describe_resource(resource: Resource, domain: str, epoch: float) -> Document
             **({"gone": device.is_gone} if device.problem else {}),
             "since": utc(epoch + device.since),
             "numa": list(device.numa),
-            "nodes": list(map(describe_node, device.specs)),
+            "nodes": [
+                {"host": host, "container": place, "permissions": permissions, "targets": [path for path, _ in nodes]}
+                for host, place, permissions, nodes in device.specs
+            ],
             "env": dict(device.env),
         }
         for device in resource.devices
     ]
     slots = sum(device.slots for device in resource.devices)
-    return {"name": f"{domain}/{resource.name}", "pool": resource.pool, "slots": slots, "devices": devices}
+    return {"name": f"{domain}/{resource.name}", "pool": resource.pool, "slots": slots, "devices": devices, **more}
 
 
 def describe_use(resource: Resource, holders: Holders | None) -> Document:
@@ -4870,11 +4803,8 @@ def is_served(resources: Iterable[Document]) -> bool:
 
 def find_hanging(threads: Iterable[Document]) -> list[str]:
     """A sentence per thread that hangs."""
-    return [
-        f"the {thread['name']} hangs: its last turn was {thread['seconds_since_turn']:.1f} s ago"
-        for thread in threads
-        if thread["seconds_since_turn"] > thread["max_seconds"]
-    ]
+    late = [thread for thread in threads if thread["seconds_since_turn"] > thread["max_seconds"]]
+    return [f"the {each['name']} hangs: its last turn was {each['seconds_since_turn']:.1f} s ago" for each in late]
 
 
 def find_problems(document: Document) -> Mapping[str, Sequence[str]]:
@@ -4906,9 +4836,8 @@ def find_problems(document: Document) -> Mapping[str, Sequence[str]]:
 
 def conf_problem(conf: Document) -> str:
     """Why the config file is refused, and which rules are in force; empty if it is good."""
-    if not conf["error"]:
-        return ""
-    return f"the config file is refused, the rules of {clock(conf['read_at'])} UTC stay in force: {conf['error']}"
+    stale = f"the config file is refused, the rules of {clock(conf['read_at'])} UTC stay in force: {conf['error']}"
+    return stale if conf["error"] else ""
 
 
 def users_by_device(resource: Document) -> Mapping[str, Mapping[tuple[str, str], Sequence[str]]]:
@@ -4926,16 +4855,12 @@ def _first_names(names: Sequence[str]) -> str:
 
 
 def _with_names(sentence: str, names: Sequence[str]) -> str:
-    """SENTENCE, after the NAMES of what it is about."""
     return f"{_first_names(names)}: {sentence}" if names else sentence
 
 
 def clock(moment: str) -> str:
     """MOMENT, as utc() writes it, for people: without fractions, T and Z."""
     return moment[:19].replace("T", " ")
-
-
-# Text: for terminals.
 
 
 def render_table(header: Iterable[str], rows: Iterable[Sequence[object]]) -> str:
@@ -5048,11 +4973,7 @@ def event_text(event: Document) -> tuple[str, str]:
 PREFIX = "smarter_device_manager_"
 Samples = Iterable[tuple[Mapping[str, str], float]]  # labels and value
 _ESCAPES_OF_LABELS = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
-
-
-def _build_samples(document: Document) -> Samples:
-    python = ".".join(map(str, sys.version_info[:3]))
-    yield {"version": document["smarter_device_manager"], "python": python}, 1
+_VERSIONS = {"version": __version__, "python": ".".join(map(str, sys.version_info[:3]))}
 
 
 def _holder_samples(document: Document) -> Samples:
@@ -5087,7 +5008,7 @@ def _request_samples(document: Document) -> Samples:
 # The names of metrics without PREFIX, their help, and where the document has their values: "resources.KEY" has one per
 # resource if it is known, any other "PART.KEY" has one if the document has PART.
 FAMILIES: Sequence[tuple[str, str, str | Callable[[Document], Samples]]] = (
-    ("build_info", "Always 1; the labels have the versions.", _build_samples),
+    ("build_info", "Always 1; the labels have the versions.", lambda _: [(_VERSIONS, 1)]),
     ("slots", "Containers that may have the resource at once.", "resources.slots"),
     ("slots_in_use", "Slots that containers have; absent while unknown.", "resources.in_use"),
     ("slot_holder", "1 per container that has a slot.", _holder_samples),
@@ -5249,8 +5170,7 @@ def parse_request(data: bytes) -> tuple[str, str, str] | None:
 
 
 def is_known_host(host: str, names: frozenset[str]) -> bool:
-    """Whether HOST, with its port, is an IP address or one of NAMES. A page on another name, whose owner has it lead
-    here (DNS rebinding), must not be able to read what this server shows."""
+    """Whether HOST, with its port, is an IP address or in NAMES. Pages of others must not read this (DNS rebinding)."""
     name = re.sub(r":[0-9]*$", "", host.strip()).strip("[]").lower().rstrip(".")
     return name in names or bool(re.fullmatch("[0-9.]+|[0-9a-f]*:[0-9a-f:.]*(%.*)?", name))
 
@@ -5395,11 +5315,9 @@ class StatusServer:
 
     def _threads(self) -> list[Document]:
         """Per thread the age of its last heartbeat, and the age that it may have."""
-        heartbeats = {"device side": self._main_heartbeat, "kubelet side": self.side.heartbeat}
-        return [
-            {"name": name, "seconds_since_turn": time.monotonic() - beat, "max_seconds": self.side.max_silence}
-            for name, beat in heartbeats.items()
-        ]
+        beats = {"device side": self._main_heartbeat, "kubelet side": self.side.heartbeat}
+        now, most = time.monotonic(), self.side.max_silence
+        return [{"name": name, "seconds_since_turn": now - beat, "max_seconds": most} for name, beat in beats.items()]
 
     def _readyz(self) -> bytes:
         """200 if the kubelet has each resource, from this instance or another; and what is not as it should be."""
@@ -5427,27 +5345,23 @@ class StatusServer:
         return respond(OK, "".join(await in_slices(pieces)), kind, policy)
 
     async def _describe(self) -> Document:
-        side, plan, epoch = self.side, self.plan, time.time() - time.monotonic()
-        holders = await read_holders(self.pod_resources, side.domain, side.slots)
+        side, domain, plan, epoch = self.side, self.side.domain, self.plan, time.time() - time.monotonic()
+        holders = await read_holders(self.pod_resources, domain, side.slots)
         resources = (
-            {
-                **describe_resource(resource, side.domain, epoch),
-                **side.describe_registration(name),
-                **describe_use(resource, holders),
-            }
-            for name, resource in plan.resources.items()
+            describe_resource(each, domain, epoch, **side.describe_registration(name), **describe_use(each, holders))
+            for name, each in plan.resources.items()
         )
         return {
             "smarter_device_manager": __version__,
             "node": self.node,
-            "domain": side.domain,
+            "domain": domain,
             "time": utc(time.time()),
             "threads": self._threads(),
             **side.describe(),
             "process": describe_process(),
             "events": self.events.events,
             **self.device_side,
-            **describe_plan(plan, await in_slices(resources), side.domain),
+            **describe_plan(plan, await in_slices(resources), domain),
         }
 
 
@@ -5806,7 +5720,10 @@ def restart_compiled() -> None:
 # the manifest are for programs, and keep their form.
 # ---------------------------------------------------------------------------------------------------------------------
 
+DEFAULT_IMAGE = "docker.io/library/python:3.13-slim"  # of --manifest
+DEFAULT_NAMESPACE = "kube-system"
 DEFAULT_POD_RESOURCES = "/var/lib/kubelet/pod-resources/kubelet.sock"
+HOME_FOLDERS = ("/home/", "/root/", "/run/user/")  # hidden by ProtectHome=, see systemd.exec(5)
 STATUS_SECONDS = 10.0  # for a daemon to answer --status
 
 
@@ -5817,10 +5734,8 @@ def program_name() -> str:
 
 
 def write_output(text: str) -> None:
-    """Print TEXT now. Raises BrokenPipeError if the reader has gone (--list | head), and Problem if a write fails.
-
-    After that, stdout is /dev/null; otherwise Python would try again when it exits, and complain.
-    """
+    """Print TEXT now. Raises BrokenPipeError if the reader has gone (--list | head), and Problem if a write fails; then
+    stdout is /dev/null, or Python would try again when it exits, and complain."""
     try:
         print(text, end="", flush=True)
     except OSError as error:
@@ -5839,11 +5754,8 @@ def scan_once(options: argparse.Namespace, with_facts: bool = False) -> DeviceSi
     return devices
 
 
-def read_all_attributes(sys_dir: str, node: Entry) -> Sequence[tuple[str, Values]]:
-    """Each folder of NODE's device and its parents that has attributes a rule could ask for, and these.
-
-    Raises OSError as read_chain() does.
-    """
+def read_all_attributes(sys_dir: str, node: Entry) -> Sequence[Document]:
+    """The folders of NODE's device and its parents, with the attributes that a rule could ask for. Raises OSError."""
     found = []
     for folder in sysfs_folders(sys_dir, node):
         names = [name for name in ("driver", "subsystem") if os.path.islink(f"{folder}/{name}")]
@@ -5856,15 +5768,14 @@ def read_all_attributes(sys_dir: str, node: Entry) -> Sequence[tuple[str, Values
             if value and len(value) <= MAX_VALUE and value.isprintable() and "\\x" not in value:  # a short line of text
                 values[name] = value
         if values:
-            found.append((folder, values))
+            found.append({"folder": folder, "attributes": values})
     return found
 
 
 def show_attributes(options: argparse.Namespace) -> None:
     """--list --attributes: print the attributes of a device in sysfs, as the beginnings of a rule."""
     whole = os.path.normpath(os.path.join(options.dev_dir, options.attributes))
-    tops = [f"{top}/" for top in (options.dev_dir, "/dev") if whole.startswith(f"{top}/")]
-    path = whole[len(tops[0]) :] if tops else ""
+    path = next((whole[len(top) + 1 :] for top in (options.dev_dir, "/dev") if whole.startswith(f"{top}/")), "")
     shown = f"/dev/{path}"
     if not path or not os.path.lexists(f"{options.dev_dir}/{path}"):
         raise Problem(f"{options.attributes} is not in {options.dev_dir}; give a path such as /dev/video0 or video0")
@@ -5885,11 +5796,10 @@ def show_attributes(options: argparse.Namespace) -> None:
     if not chain:
         number = f"{kind} {os.major(device)}:{os.minor(device)}"
         raise Problem(f"{options.sys_dir} does not have {shown} ({number}); --sys-dir names the host's /sys")
-    blocks = [{"folder": folder, "attributes": attributes} for folder, attributes in chain]
-    write_output(json.dumps(blocks, indent=2) + "\n" if options.json else render_attributes(path, chain))
+    write_output(json.dumps(chain, indent=2) + "\n" if options.json else render_attributes(path, chain))
 
 
-def render_attributes(path: str, chain: Iterable[tuple[str, Mapping[str, str]]]) -> str:
+def render_attributes(path: str, chain: Iterable[Document]) -> str:
     """What --list --attributes prints for the device PATH: per folder in its CHAIN in sysfs, a block of attributes."""
 
     def quoted(literal: str) -> str:
@@ -5903,59 +5813,48 @@ def render_attributes(path: str, chain: Iterable[tuple[str, Mapping[str, str]]])
         r"# resource, containerpath, with and env can use the value of each one, written as \g<attr:serial>.",
         f"- devicematch: '^{quoted(path)[1:-1]}$'",
     ]
-    for folder, attributes in chain:
-        lines += ["", f"  # {printable(folder)}", "  attributes:"]
-        for name, value in attributes.items():
+    for block in chain:
+        lines += ["", f"  # {printable(block['folder'])}", "  attributes:"]
+        for name, value in block["attributes"].items():
             is_plain = re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name) and not _NOT_PLAIN_TEXT.fullmatch(name)
             key = name if is_plain else "'" + name.replace("'", "''") + "'"
             lines.append(f"    {key}: {quoted(value)}")
     return "\n".join(lines) + "\n"
 
 
-def find_overridden(plan: Plan, matcher: Matcher) -> list[tuple[Rule, Device]]:
-    """The rules that name a device without effect, because PLAN offers it under a later rule, with the device, in
-    sorted order."""
-    found = []
+def render_overridden(plan: Plan, matcher: Matcher) -> str:
+    """What --list prints of the devices that rules name without effect, and of the rules that have no effect at all."""
+    overridden = []  # rules, and devices that PLAN offers under a later one
     for device in devices_of(plan):
         named = [rule for rule, match in matcher.find(device.path) if isinstance(match, re.Match)]
         lines = [rule.line for rule in named]
-        found += [(rule, device) for rule in named[lines.index(device.line) + 1 :]]
-    return sorted(found, key=lambda pair: (pair[0].line, pair[1].path))
-
-
-def render_overridden(overridden: Sequence[tuple[Rule, Device]], plan: Plan) -> str:
-    """What --list prints of the devices that rules name without effect, and of the rules that have no effect at all."""
+        overridden += [(rule, device) for rule in named[lines.index(device.line) + 1 :]]
+    overridden.sort(key=lambda pair: (pair[0].line, pair[1].path))
     active = {device.line for device in devices_of(plan)} | {left.line for left in plan.left_out}
     rows = [(rule.line, device_path(device), device.line) for rule, device in overridden]
     winners: dict[tuple[int, str], set[int]] = {}
     for rule, device in overridden:
         if rule.line not in active:
             winners.setdefault((rule.line, rule.pattern), set()).add(device.line)
-    inert = [(*key, ", ".join(map(str, sorted(lines)))) for key, lines in winners.items()]
+    inert = [(*key, ", ".join(map(str, sorted(later)))) for key, later in winners.items()]
     title = "Rules that later rules override for every device that they name"
     text = render_section("Overridden by a later rule", ("LINE", "PATH", "BY LINE"), rows)
     return text + render_section(title, ("LINE", "DEVICEMATCH", "BY LINE"), inert)
 
 
-def show_list(options: argparse.Namespace) -> None:
-    """--list: print what would be offered."""
+def show_list(options: argparse.Namespace, devices: DeviceSide | None = None) -> None:
+    """--list: print what would be offered of DEVICES, which are scanned first if there are none."""
     if options.attributes is not None:
-        show_attributes(options)
-    else:
-        _print_list(scan_once(options), options)
-
-
-def _print_list(devices: DeviceSide, options: argparse.Namespace) -> None:
+        return show_attributes(options)
+    devices = devices or scan_once(options)
     epoch = time.time() - time.monotonic()
     resources = [describe_resource(resource, options.domain, epoch) for resource in devices.plan.resources.values()]
     document = describe_plan(devices.plan, resources, options.domain)
     if options.json:
-        write_output(json.dumps(document, indent=2) + "\n")
-        return
-    overridden = find_overridden(devices.plan, Matcher(devices.conf.rules))
+        return write_output(json.dumps(document, indent=2) + "\n")
+    overridden = render_overridden(devices.plan, Matcher(devices.conf.rules))
     notes = [f"{note}\n" for note in rule_notes(devices.conf.rules, options.domain)]
-    parts = [render_list(document), render_overridden(overridden, devices.plan), *(["\n"] if notes else []), *notes]
-    write_output("".join(parts))
+    write_output("".join([render_list(document), overridden, *(["\n"] if notes else []), *notes]))
 
 
 def show_status(options: argparse.Namespace) -> None:
@@ -5969,8 +5868,7 @@ def show_status(options: argparse.Namespace) -> None:
     except (OSError, UnicodeError, concurrent.futures.TimeoutError) as error:
         raise Problem(
             f"no daemon answers on {where} ({network_error(error)}); give the address of its --listen option as "
-            f"--status ADDRESS:PORT; for a daemon in a pod, first run "
-            f"kubectl -n kube-system port-forward POD {port}"
+            f"--status ADDRESS:PORT; for a daemon in a pod, first run kubectl -n kube-system port-forward POD {port}"
         ) from None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise Problem(f"what answers on {where} is not a smarter-device-manager, or has another version") from None
@@ -5978,11 +5876,10 @@ def show_status(options: argparse.Namespace) -> None:
 
 
 def _fetch_status(address: tuple[str, int]) -> str:
-    """The status document of the status server at ADDRESS; empty if it sends none, cut off if it is too long. Raises
-    OSError, and UnicodeError if there is no such host name."""
+    """The status document of the server at ADDRESS; empty if it sends none. Raises OSError and UnicodeError."""
     with socket.create_connection(address, STATUS_SECONDS) as connection, connection.makefile("rb") as stream:
         connection.sendall(b"GET /status.json HTTP/1.0\r\n\r\n")
-        answer = stream.read(1 << 25)  # which is more than any daemon sends
+        answer = stream.read(1 << 25)  # which is more than any daemon sends; the rest is cut off
     head, _, body = answer.partition(b"\r\n\r\n")
     return body.decode("utf-8", "replace") if head.startswith(b"HTTP/1.1 200 ") else ""
 
@@ -6009,12 +5906,11 @@ def rule_notes(rules: Iterable[Rule], domain: str) -> Iterator[str]:
 
 
 def dry_run(options: argparse.Namespace) -> int:
-    """--dry-run: allocate a slot of each resource of this machine, and print what a container would be given; 1 if that
-    failed for one of them, or if there is none."""
+    """--dry-run: print what a container with a slot of each resource is given; 1 if one fails or there is none."""
     is_dra = options.api == "dra"
     devices = scan_once(options, with_facts=is_dra)
     if not devices.plan.resources:
-        _print_list(devices, options)
+        show_list(options, devices)
         return 1
     load_grpc()  # which says what serving needs
     slots: dict[str, dict[str, Slot]] = {name: {} for name in devices.plan.resources}  # by their names as DRA devices
@@ -6057,14 +5953,6 @@ def _try_slot(slot: Slot, dev_dir: str, is_dra: bool) -> list[str]:
     return lines + [f"{key}={value}" for key, value in sorted(given.env.items())]
 
 
-# Installing: --systemd-unit and --manifest print what stands in the appendix and in daemonset.yaml, with the values of
-# the other options.
-
-HOME_FOLDERS = ("/home/", "/root/", "/run/user/")  # hidden by ProtectHome=, see systemd.exec(5)
-DEFAULT_IMAGE = "docker.io/library/python:3.13-slim"
-DEFAULT_NAMESPACE = "kube-system"
-
-
 def print_systemd_unit(options: argparse.Namespace) -> None:
     """--systemd-unit: print a unit that runs this script with these options, before the node's kubelet."""
     if options.api == "dra":
@@ -6088,8 +5976,8 @@ def print_systemd_unit(options: argparse.Namespace) -> None:
         module=os.path.splitext(name)[0],
         python=_systemd_word(sys.executable),
         plugin_dir=_systemd_word(options.plugin_dir),
-        plugin_dir_argument=_systemd_argument(options.plugin_dir),
-        options="".join(f" {_systemd_argument(option)}" for option in _command_line(given)),
+        plugin_dir_argument=_systemd_word(options.plugin_dir, is_argument=True),
+        options="".join(f" {_systemd_word(option, is_argument=True)}" for option in _command_line(given)),
         network=network,
     )
     write_output(unit)
@@ -6101,15 +5989,10 @@ def _pod_resources_socket(options: argparse.Namespace) -> str:
     return beside if options.pod_resources_socket == DEFAULT_POD_RESOURCES else str(options.pod_resources_socket)
 
 
-def _systemd_word(text: str) -> str:
-    """TEXT as one word in a list of paths, or as the path of a program, in a unit file (systemd.syntax(7))."""
-    text = text.replace("%", "%%")
+def _systemd_word(text: str, is_argument: bool = False) -> str:
+    """TEXT as a path in a unit (systemd.syntax(7)) or an argument, where $ begins a variable (systemd.service(5))."""
+    text = text.replace("%", "%%").replace("$", "$$" if is_argument else "$")
     return text if re.fullmatch(r"[\w@%$+=:,./-]+", text, re.ASCII) else '"' + re.sub(r'["\\]', r"\\\g<0>", text) + '"'
-
-
-def _systemd_argument(text: str) -> str:
-    """TEXT as an argument of a command in a unit file, where $ begins a variable (systemd.service(5))."""
-    return _systemd_word(text.replace("$", "$$"))
 
 
 def _command_line(values: Mapping[str, str]) -> list[str]:
@@ -6169,10 +6052,8 @@ def _manifest_values(options: argparse.Namespace, files: str) -> dict[str, str]:
     """What MANIFEST_EDITS fill in. FILES is all that is in the ConfigMap with the script."""
     host, port = options.listen or ("", 8080)
     if host not in ("", "0.0.0.0", "::") or not port:
-        raise Problem(
-            f"--manifest does not take --listen {options.given['listen']}: the kubelet probes the pod at its own "
-            "address and a fixed port; leave the address out, as in --listen :8080"
-        )
+        probed = "the pod at its own address and a fixed port; leave the address out, as in --listen :8080"
+        raise Problem(f"--manifest does not take --listen {options.given['listen']}: the kubelet probes {probed}")
     image = options.image or DEFAULT_IMAGE
     socket_folder, socket_name = os.path.split(_pod_resources_socket(options))
     arguments = {name: value for name, value in options.given.items() if MANIFEST_OPTIONS[name] == ARGUMENT}
@@ -6223,7 +6104,6 @@ MODES: Mapping[str, tuple[Callable[[argparse.Namespace], int | None], str]] = {
 # because the documentation and other people's scripts rely on them.
 # ---------------------------------------------------------------------------------------------------------------------
 
-OptionReader = Callable[[str], Any]  # of an option's value. Raises ArgumentTypeError
 ENVIRONMENT = "SMARTER_DEVICE_MANAGER_"
 DEFAULT_PLUGIN_DIR = "/var/lib/kubelet/device-plugins"
 
@@ -6306,7 +6186,7 @@ def _add_dra_options(add: Callable[..., None]) -> None:
 
 
 def add_option(
-    group: Any, option: str, metavar: str, read: OptionReader, default: str | None, text: str, *more: str
+    group: Any, option: str, metavar: str, read: Callable[[str], Any], default: str | None, text: str, *more: str
 ) -> None:
     """Add OPTION to GROUP, with MORE names and an environment variable. READ reads its value; TEXT explains it."""
     variable = ENVIRONMENT + option[2:].upper().replace("-", "_")
@@ -6433,12 +6313,9 @@ def run(options: argparse.Namespace) -> int:
 # Appendix: the texts of the status page, and those that --systemd-unit and --manifest print.
 # ---------------------------------------------------------------------------------------------------------------------
 
-_HEAD = """<!doctype html>
-<html lang="en"><head>
-<meta charset="utf-8">
+_HEAD = """<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<noscript><meta http-equiv="refresh" content="5"></noscript>
-<style nonce="{nonce}">
+<noscript><meta http-equiv="refresh" content="5"></noscript><style nonce="{nonce}">
 :root { color-scheme: light dark; --page: light-dark(#f4f5f7, #0f1318); --card: light-dark(#fff, #181d24);
   --text: light-dark(#1b1f24, #e4e8ed); --dim: light-dark(#59636e, #98a3b0); --line: light-dark(#e1e4e8, #2a313a);
   --used: light-dark(#2563c9, #6aa1ff); --full: light-dark(#a85f00, #f0a63a); --good: light-dark(#166a3a, #56d08a);
@@ -6472,8 +6349,7 @@ rect { fill: var(--used); } [width="100%"] { fill: var(--full); }
   tbody { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .4rem 0; }
   tbody + tbody { margin-top: .6rem; } tbody th, td { padding: .2rem 1rem; border: 0; }
   td:empty { display: none; } td[data-name]::before { content: attr(data-name) " "; color: var(--dim); } }
-</style>
-<title>{node}: {verdict}</title>
+</style><title>{node}: {verdict}</title>
 <link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 8 8'%3E%3Ccircle \
 cx='4' cy='4' r='4' fill='{colour}'/%3E%3C/svg%3E">
 </head><body>
@@ -6503,7 +6379,6 @@ status.json</a>, <a href="metrics">metrics</a>, <a href="healthz">healthz</a>, <
 <script nonce="{nonce}">
 const button = document.getElementById("pause"), trouble = document.getElementById("trouble"), period = 5000;
 const mayChange = () => button.textContent == "Pause" && !document.hidden && getSelection().isCollapsed;
-
 function show(page) {
   const focused = document.activeElement.getAttribute("href");
   for (const part of document.querySelectorAll("[data-live]")) {
@@ -6515,7 +6390,6 @@ function show(page) {
   if (focused && document.activeElement == document.body)
     document.querySelector(`[href="${CSS.escape(focused)}"]`)?.focus({ preventScroll: true });
 }
-
 async function refresh() {
   if (mayChange()) try {
     const answer = await fetch(location.pathname, { cache: "no-store", signal: AbortSignal.timeout(period) });
@@ -6529,9 +6403,7 @@ async function refresh() {
 button.onclick = () => button.textContent = button.textContent == "Pause" ? "Resume" : "Pause";
 button.hidden = false;
 setInterval(refresh, period);
-</script>
-</body>
-</html>
+</script></body></html>
 """
 SYSTEMD_UNIT = """\
 # smarter-device-manager on the host, without a container. Printed by its option --systemd-unit.
@@ -6603,8 +6475,7 @@ kind: ConfigMap
 metadata:
   name: {name}
   namespace: {namespace}
-  labels:
-    app.kubernetes.io/name: smarter-device-manager
+  labels: {{app.kubernetes.io/name: smarter-device-manager}}
 data:
 """
 # What --manifest changes in daemonset.yaml, in this order: what a pattern finds, and what stands there then.
@@ -6612,8 +6483,7 @@ MANIFEST_EDITS = {
     r"\A(?:.*\n)*---\n": "",
     "^  namespace: .*": "  namespace: {namespace}",
     "^    spec:\n": """\
-      annotations:
-        smarter-device-manager/script: "{digest}" # another script is another pod
+      annotations: {{smarter-device-manager/script: "{digest}"}} # another script is another pod
 {found}""",
     "^(?: *#.*\n)* *image: smarter-device-manager:.*": """\
           image: {image}
@@ -6641,15 +6511,12 @@ MANIFEST_EDITS = {
             - {{name: TMPDIR, value: /packages}}
 {pip}          securityContext: {{runAsUser: 0, privileged: false, allowPrivilegeEscalation: false,
             readOnlyRootFilesystem: true, capabilities: {{drop: [ALL]}}}}
-          volumeMounts:
-            - {{name: script, mountPath: /app, readOnly: true}}
-            - {{name: packages, mountPath: /packages}}
+          volumeMounts: [{{name: script, mountPath: /app, readOnly: true}}, {{name: packages, mountPath: /packages}}]
 {found}""",
     "^      volumes:\n": """\
             - {{name: script, mountPath: /app, readOnly: true}}
             - {{name: packages, mountPath: /packages, readOnly: true}}
-{found}        - name: script
-          configMap: {{name: smarter-device-manager-script}}
+{found}        - {{name: script, configMap: {{name: smarter-device-manager-script}}}}
         - name: packages # kept, so that a node boots without internet
           hostPath: {{path: {packages}, type: DirectoryOrCreate}}
 """,

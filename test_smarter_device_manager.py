@@ -1346,7 +1346,7 @@ WORDS_OF_UNITS = {
 
 @pytest.mark.parametrize("text", WORDS_OF_UNITS)
 def test_quoting_in_a_unit(text: str) -> None:
-    assert sdm._systemd_argument(text) == WORDS_OF_UNITS[text]
+    assert sdm._systemd_word(text, is_argument=True) == WORDS_OF_UNITS[text]
     assert sdm._systemd_word(text) == WORDS_OF_UNITS[text].replace("$$", "$")  # a path, in which $ begins no variable
 
 
@@ -2986,7 +2986,7 @@ FILE_NAMES = st.text(st.characters(exclude_characters="/\0"), min_size=1).filter
 @example({"name": "value"}, "cam\n\x1b\U00018d090")
 def test_what_is_shown_of_attributes_means_just_them(attributes: Mapping[str, str], path: str) -> None:
     telling = {name: value for name, value in attributes.items() if value.isprintable() and name.isprintable()}
-    text = sdm.render_attributes(path, [("/sys/devices/x", telling)] if telling else [])
+    text = sdm.render_attributes(path, [{"folder": "/sys/devices/x", "attributes": telling}] if telling else [])
     (rule,) = sdm.parse_rules(text)
     assert rule.match.search(path) and not rule.match.search(path + "x") and not rule.match.search("x" + path)
     assert {found.name for found in rule.attributes} == set(telling)
@@ -3378,12 +3378,10 @@ def test_what_rules_override(board: Board) -> None:
     matcher = sdm.Matcher(sdm.parse_rules(conf))
     snapshot = snapshot_of(board.tree)
     plan = next_plan(sdm.EMPTY_PLAN, snapshot, matcher, 0.0, str(board.node.sys))
-    found = sdm.find_overridden(plan, matcher)
+    shown = [" ".join(line.split()) for line in sdm.render_overridden(plan, matcher).splitlines()]
     # b lacks the attribute that line 6 puts into a variable, so nobody has it.
-    shown = [f"{rule.line} {device.path} by {device.line}" for rule, device in found]
-    assert shown == ["1 a by 3", "1 c by 6", "2 a by 3", "5 c by 6"]
-    text = sdm.render_overridden(found, plan).partition("for every device that they name:\n")[2]
-    assert [" ".join(line.split()) for line in text.splitlines()[1:]] == ["1 ^[a-c]$ 3, 6", "2 ^[ab]$ 3", "5 ^c$ 6"]
+    assert shown[2:8] == ["LINE PATH BY LINE", "1 /dev/a 3", "1 /dev/c 6", "2 /dev/a 3", "5 /dev/c 6", ""]
+    assert shown[9:] == ["LINE DEVICEMATCH BY LINE", "1 ^[a-c]$ 3, 6", "2 ^[ab]$ 3", "5 ^c$ 6"]
 
 
 def test_a_device_without_its_companions_is_unhealthy_until_they_come() -> None:
@@ -7847,8 +7845,7 @@ def test_a_second_instance_waits_and_takes_over(camera: Cluster, start: Starter)
     assert len(camera.api.calls) > count
     assert second.log.count("another instance") == 1
     assert second.stop() == 0
-    left = [path.name for path in Path(camera.kubelet.folder).rglob("*") if path.is_socket()]
-    assert left == []
+    assert not [path.name for path in Path(camera.kubelet.folder).rglob("*") if path.is_socket()]
 
 
 def test_a_kubelet_that_refuses_is_told_of(camera: Cluster, start: Starter) -> None:
@@ -8065,8 +8062,7 @@ def test_holders_are_those_of_our_domain() -> None:
 def described(resource: sdm.Resource, *slots: str) -> sdm.Document:
     """RESOURCE as the document has it, while a container has SLOTS of it."""
     use = sdm.describe_use(resource, {resource.name: [sdm.Holder(slot, "default", "pod", "main") for slot in slots]})
-    state = {"ready": False, "trouble": sdm.unready_text("")}
-    return {**sdm.describe_resource(resource, "smarter-devices", 0.0), **state, **use}
+    return sdm.describe_resource(resource, "smarter-devices", 0.0, ready=False, trouble=sdm.unready_text(""), **use)
 
 
 def test_each_slot_in_use_counts_once() -> None:
@@ -8111,8 +8107,8 @@ def test_what_is_wrong_with_many_devices_that_many_hold_is_found_in_time() -> No
     held = [sdm.Holder(f"{name}:{slot}", "default", f"pod-{slot}", "main") for name in names for slot in range(10)]
     use = sdm.describe_use(gone, {gone.name: held})
     document = {
-        "threads": [], "kubelet": {"answering": True}, "conf": {"error": ""}, "dev_problem": "", "dra": None,
-        "resources": [{**described(gone), **use}],
+        "threads": [], "kubelet": {"answering": True}, "conf": {"error": "", "read_at": ""}, "dev_problem": "",
+        "dra": None, "resources": [{**described(gone), **use}],
     }  # fmt: skip
     begin = time.process_time()
     (problem, *others) = sdm.find_problems(document).items()
@@ -8912,9 +8908,8 @@ def hostile_document() -> dict[str, Any]:
     use = sdm.describe_use(resource, {word: [sdm.Holder(f"{word}:{slot}", word, word, word) for slot in range(3)]})
     state = {**sdm.NOT_REGISTERED, "trouble": word}
     stamp = {"time": sdm.utc(1e9), "level": "info"}
-    dra = dict.fromkeys(
-        ("slices", "slice_devices", "published_at_seconds", "api_reachable", "claims_prepared", "prepare_errors"), 1
-    )
+    counts = "slices slice_devices published_at_seconds api_reachable claims_prepared prepare_errors"
+    dra = dict.fromkeys(counts.split(), 1)
     return {
         **dict.fromkeys(("smarter_device_manager", "node", "domain", "dev_problem"), word),
         **stamp,
@@ -8926,10 +8921,8 @@ def hostile_document() -> dict[str, Any]:
             {**stamp, **dict.fromkeys(("event", "message", "resource", "more"), "")},
             {**stamp, "event": "e", "message": word, "more": word + "!"},
         ],
-        "conf": {
-            "path": word, "rules": 1, "error": word, "read_at": sdm.utc(1e9), "read_at_seconds": 1e9,
-            "reloads": 1, "failed_reloads": 1,
-        },
+        "conf": {"path": word, "error": word, "read_at": sdm.utc(1e9), "read_at_seconds": 1e9,
+                 "rules": 1, "reloads": 1, "failed_reloads": 1},
         "scan_seconds": 0.1,
         "problems": [word],
         **sdm.describe_plan(plan, [{**sdm.describe_resource(resource, word, 1e9), **state, **use}], word),
@@ -9149,9 +9142,8 @@ def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
     if npm is None:
         pytest.skip("npm is not installed (apt-get install npm)")
     folder = tmp_path_factory.mktemp("axe")
-    run = subprocess.run(
-        [npm, "pack", "--silent", "axe-core@4"], cwd=folder, capture_output=True, text=True, check=False
-    )
+    command = [npm, "pack", "--silent", "axe-core@4"]
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if run.returncode:
         pytest.skip(f"npm cannot fetch axe-core: {run.stderr.strip()[-200:]}")
     with tarfile.open(next(folder.glob("axe-core-*.tgz"))) as archive:
