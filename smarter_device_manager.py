@@ -2642,17 +2642,15 @@ MAX_HOLDERS = 10_000  # in such an answer: a node runs a few hundred pods
 CHANNEL_OPTIONS = (("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0))
 
 Identity = tuple[int, int, int]  # of a socket file: device, inode and time of modification in nanoseconds
+Method = TypeVar("Method", bound=Callable[..., Awaitable[Any]])
 
 
 def load_grpc(with_tls: bool = False) -> None:
-    """Import asyncio, grpc and the stubs into this module; only serving needs them. Raises Problem if they are missing.
-
-    Unless WITH_TLS, asyncio is kept from loading OpenSSL, which takes 4 MB and is only needed for the API server.
-    """
+    """Import asyncio, grpc and the stubs into this module. Raises Problem if they are missing. OpenSSL takes 4 MB, so
+    asyncio is kept from importing ssl unless WITH_TLS: an import of a module that is None fails."""
     global asyncio, grpc, pb, rpc
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # our own log says it better than grpc's core
     sys.path.append(os.path.dirname(os.path.realpath(__file__)))  # for the stubs; python3 -I leaves it out
-    # An import of a module that is None fails.
     is_hidden = not with_tls and sys.modules.setdefault("ssl", None) is None  # type: ignore[arg-type]
     try:
         import asyncio
@@ -2674,9 +2672,6 @@ def load_grpc(with_tls: bool = False) -> None:
         logging.getLogger(name).addFilter(shorten_decode_error)
 
 
-Method = TypeVar("Method", bound=Callable[..., Awaitable[Any]])
-
-
 def answered(method: Method) -> Method:
     """Wrap METHOD of a gRPC service that has a full_name: its caller gets an answer, be it an AllocationError or a bug.
     Without this, grpc sends none if the text of an exception is not UTF-8, and the kubelet waits for ever."""
@@ -2690,11 +2685,9 @@ def answered(method: Method) -> Method:
         except grpc.aio.InternalError:  # the client has gone, and grpc is about to cancel the call for that
             raise asyncio.CancelledError from None
         except Exception as error:
-            log_internal_error(f"{self.full_name}: {method.__name__} failed")
-            code, text = (
-                "INTERNAL",
-                f"{method.__name__} failed, which is a bug of the plugin: {type(error).__name__}: {error}",
-            )
+            failure = f"{method.__name__} failed"
+            log_internal_error(f"{self.full_name}: {failure}")
+            code, text = "INTERNAL", f"{failure}, which is a bug of the plugin: {type(error).__name__}: {error}"
         data = printable(f"{self.full_name}: {text}").encode()
         if len(data) > 2600:  # a header has 8 KiB at most, and one byte takes up to three
             data = data[:2600] + b"..."
@@ -2715,10 +2708,9 @@ def connect_error(path: str) -> OSError | None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.setblocking(False)
             probe.connect(path)
-    except BlockingIOError:  # somebody listens, and has many waiting
-        return None
     except OSError as error:
-        return error
+        if error.errno != errno.EAGAIN:  # somebody listens, and has many waiting
+            return error
     return None
 
 
@@ -2746,11 +2738,9 @@ async def wait_bounded(work: Awaitable[T], seconds: float) -> T:
 
 
 class UnixServer:
-    """A gRPC server on the Unix socket PATH with mode 0600. ADD_SERVICES adds the services to it.
-
-    start() makes it ready for clients; publish(), by whoever has the lease of PATH, lets them find it. Others may
-    delete or replace the socket file at any time; is_lost() tells.
-    """
+    """A gRPC server on the Unix socket PATH with mode 0600. ADD_SERVICES adds the services to it. start() makes it
+    ready for clients; publish(), by whoever has the lease of PATH, lets them find it. Others may delete or replace the
+    socket file at any time; is_lost() tells."""
 
     OPTIONS = (
         ("grpc.so_reuseport", 0),
@@ -2799,11 +2789,9 @@ class UnixServer:
 
 
 class Leases:
-    """Which instance serves which socket: a lock on one byte of the file PATH for each (F_SETLK of fcntl(2)).
-
-    The kernel frees the locks when a process ends, however it ends. An instance that waits has a shared lock on the
-    first byte, so that the other one can hand over its sockets one after another.
-    """
+    """Which instance serves which socket: a lock on one byte of the file PATH for each (F_SETLK of fcntl(2)), which the
+    kernel frees when a process ends, however it ends. An instance that waits has a shared lock on the first byte, so
+    that the other one can hand over its sockets one after another."""
 
     RETRY_SECONDS = 0.02  # between two tries to take a lease that another instance has
 
@@ -2880,15 +2868,12 @@ class Leases:
 
 
 class KubeletConnection:
-    """The kubelet that listens on kubelet.sock in FOLDER: its identity, whether it answers, and a channel to it.
-
-    ON_CHANGE is called when a kubelet answers that did not, and when it stops answering.
-    """
-
-    channel: grpc.aio.Channel  # to the kubelet that answered last; there is one once is_answering has been true
+    """The kubelet that listens on kubelet.sock in FOLDER. ON_CHANGE is called when one answers that did not, and when
+    it stops answering."""
 
     def __init__(self, folder: str, on_change: Callable[[], None]) -> None:
         self.folder = folder
+        self.channel: grpc.aio.Channel | None = None  # to the kubelet that answered last
         self.identity: Identity | None = None  # of kubelet.sock; None if there is none
         self.is_answering = False
         self.restarts = 0
@@ -2911,7 +2896,7 @@ class KubeletConnection:
             if is_met:
                 is_another = self._last_met not in (None, identity)
                 log_event("kubelet-restarted" if is_another else "kubelet-found", "the kubelet answers; registering")
-                if self._last_met:
+                if self.channel:
                     self._closing = asyncio.ensure_future(self.channel.close())
                 self.channel = grpc.aio.insecure_channel(unix_target(self._path), options=CHANNEL_OPTIONS)
                 self._last_met = identity
@@ -2921,7 +2906,7 @@ class KubeletConnection:
 
     async def close(self) -> None:
         """End the channel."""
-        if self._last_met:
+        if self.channel:
             await self.channel.close()
 
 
@@ -2936,14 +2921,12 @@ class Holder(NamedTuple):
 
 SlotsOfDra = Mapping[str, Slot]  # by the name that a DRA driver gave to the slot
 Holders = Mapping[str, Sequence[Holder]]  # by the resource's name without the domain
+Held = list[tuple[str, Holder]]  # slots of one container, each with its resource's name without the domain
 
 
-def find_holders(
-    response: pb.ListPodResourcesResponse, domain: str, slots: SlotsOfDra
-) -> Iterator[list[tuple[str, Holder]]]:
-    """The holders of slots of DOMAIN's resources, or of SLOTS of the DRA driver DOMAIN: per container in RESPONSE,
-    pairs of a resource's name without the domain and a holder. Raises ValueError if there are more than MAX_HOLDERS.
-    """
+def find_holders(response: pb.ListPodResourcesResponse, domain: str, slots: SlotsOfDra) -> Iterator[Held]:
+    """Per container in RESPONSE, the slots that it holds of DOMAIN's resources, or of SLOTS of the DRA driver DOMAIN.
+    Raises ValueError if there are more than MAX_HOLDERS."""
     count = 0
     for pod in response.pod_resources:
         for container in pod.containers:
@@ -2964,22 +2947,19 @@ def find_holders(
 
 
 async def read_holders(path: str, domain: str, slots: SlotsOfDra) -> Holders | None:
-    """Which container holds which slots, by find_holders(). None if no kubelet answers in time and in the known way.
-
-    It answers on the Unix socket PATH (KEP-606; stable since Kubernetes 1.28). Since 1.34 it leaves out pods that have
-    ended, https://github.com/kubernetes/kubernetes/pull/132028. Older kubelets list them until their slots are needed.
-    """
+    """Which container holds which slots. None if no kubelet answers in time and in the known way on the Unix socket
+    PATH (KEP-606; stable since Kubernetes 1.28). Since 1.34 it leaves out pods that have ended; older ones list them
+    until their slots are needed (https://github.com/kubernetes/kubernetes/pull/132028)."""
     from google.protobuf.message import DecodeError
 
     holders: dict[str, list[Holder]] = {}
-    # A new channel each time: one that failed is slow to try again. The answer is decoded here, since grpc would
-    # log bytes that are no message.
+    # A new channel each time: one that failed is slow to try again.
     options = [*CHANNEL_OPTIONS, ("grpc.max_receive_message_length", POD_RESOURCES_BYTES)]
     try:
         async with grpc.aio.insecure_channel(unix_target(path), options) as channel:
             call = channel.unary_unary("/v1.PodResourcesLister/List")
             answer = await call(b"", timeout=POD_RESOURCES_SECONDS)
-        response = pb.ListPodResourcesResponse.FromString(answer)
+        response = pb.ListPodResourcesResponse.FromString(answer)  # grpc would log bytes that are no message
         for pairs in await in_slices(find_holders(response, domain, slots)):
             for name, holder in pairs:
                 holders.setdefault(name, []).append(holder)
@@ -3016,11 +2996,8 @@ NOT_REGISTERED: Document = {
 
 
 class KubeletSide(abc.ABC):
-    """Offers plans to the kubelet: all that others know of either side. Belongs to LOOP and its thread.
-
-    It checks its sockets periodically. The kernel's signal for a change in the directory of WATCH only makes the checks
-    fewer and sooner.
-    """
+    """Offers plans to the kubelet: all that others know of either side. Belongs to LOOP and its thread. It checks its
+    sockets periodically; the kernel's signal for a change in the directory of WATCH makes checks fewer and sooner."""
 
     EAGER_SECONDS = 0.004  # while the kubelet is awaited: it makes its socket first, and then listens
 
@@ -3109,35 +3086,32 @@ class KubeletSide(abc.ABC):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Device plugins: the DevicePlugin service of one resource, the life of its registration, and the side that holds them
-# all. The Status chapter reads the counters.
+# all.
 #
-# Theory of operation. The kubelet sees each resource as a plugin of its own: a Unix socket in its directory, on which
-# we serve. We call Register on kubelet.sock; the kubelet dials our socket, asks for options, and then holds one stream
-# open (ListAndWatch), on which we send the whole list of slots whenever it changes. Only while that stream is open can
-# pods be given slots. For each container that gets some, the kubelet calls Allocate once (for a pool, it may call
+# Theory of operation. The kubelet sees each resource as a plugin of its own: a Unix socket in its directory. We call
+# Register on kubelet.sock; the kubelet dials our socket, asks for options, and then holds one stream open
+# (ListAndWatch), on which we send the whole list of slots whenever it changes. Only while that stream is open can pods
+# be given slots. For each container that gets some, the kubelet calls Allocate once (for a pool, it may call
 # GetPreferredAllocation before). It keeps the answer for the pod's life, so for rules by attributes it also asks
 # before each start of the container (PreStartContainer).
 #
-# DevicePluginSide is given each new plan. It starts, updates, replaces (if the kubelet must learn new options) or ends
-# one Registration per resource, and wakes them when kubelet.sock or a socket of theirs changes. Registration.run() is
-# the life of one resource, from top to bottom: wait for a kubelet; serve under a temporary name; wait for the lease of
-# the socket's name, which another instance may have, and give the socket that name; register; watch the stream; and
-# when the kubelet is another one, or anything went wrong, end the server and begin again. Plugin answers the kubelet's
-# calls: it knows the resource, HostDevices knows what is in /dev at this moment.
+# DevicePluginSide has one Registration per resource of the plan, and wakes them when kubelet.sock or a socket of theirs
+# changes. Registration.run() is the life of one resource: wait for a kubelet; serve under a temporary name; wait for
+# the lease of the socket's name, which another instance may have; take that name; register; watch the stream; and when
+# the kubelet is another one, or anything went wrong, end the server and begin again. Plugin answers the kubelet.
 #
 # Three facts about the kubelet explain the order of things. When it starts, it removes every socket in its directory,
-# so everything begins again with each new kubelet.sock; while it is down, its dead socket stays, and what is served
-# stays as it is. When an older stream of a resource ends, the kubelet disconnects the newest client of that resource;
-# so the old server ends before anything is registered again, and before the lease is given back. If a resource is not
-# registered when the kubelet admits a pod that asks for it, that pod fails for good; so nothing here waits for a poll
-# if the kernel can signal the change.
+# so everything begins again with each new kubelet.sock; while it is down, its dead socket stays, and so does what we
+# serve. When an older stream of a resource ends, the kubelet disconnects the newest client of that resource; so the old
+# server ends before anything is registered again, and before the lease is given back. A pod that asks for a resource
+# that is not registered fails for good; so nothing here waits for a poll if the kernel can signal the change.
 # ---------------------------------------------------------------------------------------------------------------------
 
 MAX_CONTAINERS = 100  # in one request; the kubelet asks for one at a time
 REGISTER_SECONDS = 20.0  # the kubelet itself takes up to 10 s to dial a plugin
 MIN_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 30.0  # before a resource is registered again
-DESCRIPTORS_EACH = 2  # file descriptors per registered resource
-RESERVED_DESCRIPTORS = 96  # for clients of the status server (64), Allocate, kubelet.sock and gRPC itself
+# File descriptors: of a registered resource; for clients of the status server (64), Allocate, kubelet.sock and gRPC.
+DESCRIPTORS_EACH, RESERVED_DESCRIPTORS = 2, 96
 NO_DESCRIPTORS = "no file descriptors are left for it; raise the limit of this process (LimitNOFILE=, ulimit -n)"
 OTHER_INSTANCE = "another instance serves it; this one takes over when that ends"
 SHORTEST_NAME = 10  # of a resource, in its socket's name: a letter, a dash and 8 hexadecimal digits
@@ -3192,10 +3166,8 @@ class HostDevices:
 def options_of(resource: Resource) -> pb.DevicePluginOptions:
     """What the kubelet must know first of a plugin for RESOURCE; it asks only when that is registered. Starts are
     checked for rules by attributes, since no link leads the container runtime to the right device."""
-    return pb.DevicePluginOptions(
-        get_preferred_allocation_available=resource.pool,
-        pre_start_required=any(device.chosen_by for device in resource.devices),
-    )
+    is_checked = any(device.chosen_by for device in resource.devices)
+    return pb.DevicePluginOptions(get_preferred_allocation_available=resource.pool, pre_start_required=is_checked)
 
 
 def _check_containers(requests: Sequence[object]) -> None:
@@ -3206,38 +3178,32 @@ def _check_containers(requests: Sequence[object]) -> None:
 
 
 class Plugin:
-    """v1beta1.DevicePlugin for one resource. ON_STREAM is called with an object that stands for a ListAndWatch stream,
-    and with whether that has opened or ended."""
+    """v1beta1.DevicePlugin for one resource. ON_STREAM is called with each ListAndWatch stream that opens or ends."""
 
-    MAX_PROBLEM = 300  # characters of what is wrong with a device, in a refusal
-
-    def __init__(
-        self, resource: Resource, domain: str, devices: HostDevices, on_stream: Callable[[object, bool], None]
-    ) -> None:
+    def __init__(self, resource: Resource, domain: str, host: HostDevices, on_stream: Callable[[object], None]) -> None:
         self.resource = resource
         self.full_name = f"{domain}/{resource.name}"
         self.options = options_of(resource)
         self.counts: Counter[str] = Counter()  # by keys of NOT_REGISTERED
-        self._devices = devices
+        self.streams: set[asyncio.Event] = set()  # that are open; each is set when it may have a list to send
+        self._host = host
         self._on_stream = on_stream
-        self._streams: set[asyncio.Event] = set()  # set when there may be a list to send
 
-    def can_offer(self, resource: Resource) -> bool:
-        """Whether update() takes RESOURCE. If not, it needs a new plugin, so that the kubelet learns the new options.
-        Checks of starts cost little, so a plugin that no longer needs them keeps the option."""
+    def update(self, resource: Resource) -> bool:
+        """Offer RESOURCE, of the same name, from now on. False if that needs a new plugin, from which the kubelet
+        learns new options. Checks of starts cost little, so a plugin that no longer needs them keeps the option."""
         needed = options_of(resource)
         needed.pre_start_required |= self.options.pre_start_required
-        return bool(needed == self.options)
-
-    def update(self, resource: Resource) -> None:
-        """Offer RESOURCE, of the same name, from now on. Streams send a new list if it differs from the last one."""
+        if needed != self.options:
+            return False
         self.resource = resource
-        for news in self._streams:
+        for news in self.streams:
             news.set()
+        return True
 
     def end_streams(self) -> None:
         """End every open stream in good order."""
-        ended, self._streams = self._streams, set()
+        ended, self.streams = self.streams, set()
         for news in ended:
             news.set()
 
@@ -3245,11 +3211,11 @@ class Plugin:
     async def ListAndWatch(self, request: pb.Empty, context: grpc.aio.ServicerContext) -> None:
         """The reader may be slow, or not read at all, so only the newest list waits."""
         news = asyncio.Event()
-        self._streams.add(news)
-        self._on_stream(news, True)
+        self.streams.add(news)
+        self._on_stream(news)
         sent = None
         try:
-            while news in self._streams:
+            while news in self.streams:
                 news.clear()
                 # The list may have 100,000 slots, so only what it is made of is compared.
                 key = [(device.path, device.slots, not device.problem, device.numa) for device in self.resource.devices]
@@ -3258,13 +3224,11 @@ class Plugin:
                     await context.write(_list_message(self.resource))
                 await news.wait()
         finally:
-            self._streams.discard(news)
-            self._on_stream(news, False)
+            self.streams.discard(news)
+            self._on_stream(news)
 
     @answered
-    async def GetDevicePluginOptions(
-        self, request: pb.Empty, context: grpc.aio.ServicerContext
-    ) -> pb.DevicePluginOptions:
+    async def GetDevicePluginOptions(self, request: pb.Empty, context: object) -> pb.DevicePluginOptions:
         return self.options
 
     @answered
@@ -3274,9 +3238,8 @@ class Plugin:
         _check_containers(request.container_requests)
         response = pb.PreferredAllocationResponse()
         for item in request.container_requests:
-            ids = preferred_allocation(
-                self.resource, item.available_deviceIDs, item.must_include_deviceIDs, item.allocation_size
-            )
+            available, needed = item.available_deviceIDs, item.must_include_deviceIDs
+            ids = preferred_allocation(self.resource, available, needed, item.allocation_size)
             response.container_responses.add(deviceIDs=ids)
         return response
 
@@ -3286,7 +3249,7 @@ class Plugin:
         asked = [list(item.devices_ids) for item in request.container_requests]
         ids = join_names([slot_id[:MAX_SHOWN] for slot_ids in asked for slot_id in slot_ids])
         try:
-            allocations = self._devices.allocate(self.resource, asked)
+            allocations = self._host.allocate(self.resource, asked)
         except AllocationError as error:
             sentence = f"Allocate refused: {error}"
             log_event("refused", sentence, logging.WARNING, resource=self.full_name, ids=ids, status=error.code)
@@ -3302,9 +3265,7 @@ class Plugin:
         return response
 
     @answered
-    async def PreStartContainer(
-        self, request: pb.PreStartContainerRequest, context: grpc.aio.ServicerContext
-    ) -> pb.PreStartContainerResponse:
+    async def PreStartContainer(self, request: pb.PreStartContainerRequest, _: object) -> pb.PreStartContainerResponse:
         """Allow a container to start if its devices are those that their rules chose. After a refusal, the kubelet
         shows the text in the pod's events, and asks again every 13 s or so."""
         slots: dict[str, Slot] = {}  # one of each device, by its path
@@ -3312,16 +3273,15 @@ class Plugin:
             if slot is None:
                 self._refuse_start(slot_id, "", "the resource has no such ID")
             slots.setdefault(slot.device.path, slot)
-        give_up = time.monotonic() + self._devices.PLAN_SECONDS
+        give_up = time.monotonic() + self._host.PLAN_SECONDS
         while True:
-            devices = [device for device in self.resource.devices if device.path in slots]
-            found = self._devices.find_start_problem(devices)
-            if not found or not found[2] or time.monotonic() >= give_up:
+            found = self._host.find_start_problem(each for each in self.resource.devices if each.path in slots)
+            if not found:
                 break
+            device, problem, may_pass = found
+            if not may_pass or time.monotonic() >= give_up:
+                self._refuse_start(slots[device.path].id, device_path(device), problem)
             await asyncio.sleep(0.02)
-        if found:
-            device, problem, _ = found
-            self._refuse_start(slots[device.path].id, device_path(device), problem)
         for slot_id in request.devices_ids:
             board.set(f"{self.full_name}/{slot_id[:MAX_SHOWN]}", "")
         return pb.PreStartContainerResponse()
@@ -3330,13 +3290,13 @@ class Plugin:
         """Count the refusal, log it once, make the device side scan, and raise AllocationError."""
         shown = f'ID "{slot_id[:MAX_SHOWN]}"'
         given = f"{path} ({shown})" if path else f"the {shown}"
-        given, problem = (truncate(printable(text), self.MAX_PROBLEM) for text in (given, problem))
+        given, problem = (truncate(printable(text), MAX_TEXT) for text in (given, problem))
         text = (
             f"the container was given {given}, but {problem}. It starts "
             "once the right device is back; or delete the pod: its replacement gets a device that is there"
         )
         self.counts["start_refusals"] += 1
-        self._devices.request_scan()
+        self._host.request_scan()
         sentence = f"start of a container refused: {text}"
         board.set(f"{self.full_name}/{slot_id[:MAX_SHOWN]}", sentence, "start-refused", resource=self.full_name)
         raise AllocationError("FAILED_PRECONDITION", text)
@@ -3394,28 +3354,30 @@ class Registration:
     STREAM_SECONDS = 5.0  # after Register, for the kubelet to open its stream
 
     def __init__(
-        self, domain: str, devices: HostDevices, kubelet: KubeletConnection, leases: Leases, resource: Resource
+        self, domain: str, host: HostDevices, kubelet: KubeletConnection, leases: Leases, resource: Resource
     ) -> None:
-        self.plugin = Plugin(resource, domain, devices, self._stream_changed)
+        self.plugin = Plugin(resource, domain, host, self._stream_changed)
         self.socket = socket_name(resource.name, domain, kubelet.folder)
         self._path = f"{kubelet.folder}/{self.socket}"
         self._kubelet = kubelet
         self._leases = leases
         self._known: Identity | None = None  # the last kubelet that it was to be registered with
         self._stream: object | None = None  # the kubelet's is the first one; other clients may open more
-        self._is_stream_open = self._is_standby = self._is_retired = False
+        self._is_standby = self._is_retired = False
         self._backoff = Backoff()
         self._wake = asyncio.Event()
+        self.wake = self._wake.set  # makes run() check again what it waits for
 
     def describe(self) -> Document:
         """Its part of the status document."""
+        is_ready = self._stream in self.plugin.streams
         is_standby = self._is_standby and self._kubelet.is_answering
         problem = board.get(self.plugin.full_name)
         return {
             **NOT_REGISTERED,
-            "ready": self._is_stream_open,
+            "ready": is_ready,
             "served_by_other": is_standby,  # /readyz alone takes that for ready
-            "trouble": "" if self._is_stream_open else problem if is_standby else unready_text(problem),
+            "trouble": "" if is_ready else problem if is_standby else unready_text(problem),
             **self.plugin.counts,
         }
 
@@ -3424,15 +3386,9 @@ class Registration:
         self._is_retired = True
         self.wake()
 
-    def wake(self) -> None:
-        """Make run() check again what it waits for."""
-        self._wake.set()
-
     async def run(self, previous: asyncio.Task[None] | None) -> None:
-        """Serve the resource and keep it registered until retire(), once PREVIOUS, an older run() of it, has ended.
-
-        It must not be cancelled, because grpc's servers do not survive that.
-        """
+        """Serve the resource and keep it registered until retire(), once PREVIOUS, an older run() of it, has ended. It
+        must not be cancelled, because grpc's servers do not survive that."""
         if previous:
             await asyncio.wait([previous])
         board.set(self.plugin.full_name, "")
@@ -3448,10 +3404,7 @@ class Registration:
             self._leases.give_back(self._path)
 
     async def _serve(self) -> None:
-        """Serve the resource and register it with the kubelet, until _is_over() or something fails.
-
-        The server ends first of all, because the kubelet takes the end of an older stream for that of the newest.
-        """
+        """Serve the resource and register it with the kubelet, until _is_over() or something fails."""
         failure = None  # the event to log, and the problem
         server = UnixServer(self._path, functools.partial(rpc.add_DevicePluginServicer_to_server, self.plugin))
         try:
@@ -3467,8 +3420,7 @@ class Registration:
             is_lost = server.is_lost()
             self.plugin.end_streams()
             await server.stop()  # waits for the streams, removes the socket; only then another instance may register it
-            self._stream = None
-            self._is_stream_open = self._is_standby = False
+            self._stream, self._is_standby = None, False
         if failure and self._kubelet.check() and not self._is_over():  # otherwise the kubelet has ended
             event, problem = failure
             self.plugin.counts["refusals"] += event == "refused"
@@ -3513,7 +3465,7 @@ class Registration:
                 return "its socket file was deleted"
             if not self._stream:
                 return f"the kubelet opened no stream within {self.STREAM_SECONDS:.0f} s"
-            return "" if self._is_stream_open else "the kubelet ended its stream"
+            return "" if self._stream in self.plugin.streams else "the kubelet ended its stream"
 
         began = time.monotonic()
         await self._until(lambda: self._stream or server.is_lost() or self._is_over(), self.STREAM_SECONDS)
@@ -3535,13 +3487,11 @@ class Registration:
                 await asyncio.wait_for(self._wake.wait(), None if seconds == math.inf else end - time.monotonic())
         return not self._is_retired
 
-    def _stream_changed(self, stream: object, is_open: bool) -> None:
-        if is_open and self._stream is None:
+    def _stream_changed(self, stream: object) -> None:
+        if self._stream is None and stream in self.plugin.streams:
             self._stream = stream
             board.set(self.plugin.full_name, "")
-        if stream is self._stream:
-            self._is_stream_open = is_open
-            self.wake()
+        self.wake()
 
 
 class DevicePluginSide(KubeletSide):
@@ -3613,9 +3563,7 @@ class DevicePluginSide(KubeletSide):
         for name in names[room:]:
             board.set_of_resource(f"{self.domain}/{name}", NO_DESCRIPTORS, "not-served")
         for name, registration in list(self.registrations.items()):
-            if name in served and registration.plugin.can_offer(plan.resources[name]):
-                registration.plugin.update(plan.resources[name])
-            else:
+            if name not in served or not registration.plugin.update(plan.resources[name]):
                 self.registrations.pop(name).retire()
         self._tasks = {name: task for name, task in self._tasks.items() if not task.done()}
         for name in served:
@@ -3642,19 +3590,17 @@ class DevicePluginSide(KubeletSide):
 # again at least every second, and when the plan or the CDI folder changes. It repairs CDI files at once; it compares
 # the slices with those on the API server after a change, and every 50 s.
 #
-# Its memory is the CDI files, and beside each a link that names the claim; so what is prepared survives a restart of
-# the driver. A device belongs to one claim (adminAccess takes it from nobody) until the kubelet unprepares that claim,
-# or the API server has said twice, GONE_SECONDS apart, that it does not exist. The driver asks only about claims whose
-# files it found at its start, and when another claim wants the device. Nothing is awaited between looking who has a
-# device and writing the file, so no two claims get it. While a file cannot be read, no other claim is prepared, until
-# the API server has said which devices it has. Sockets are made again at each start. The slices outlive the driver:
-# the next one compares them with what it wants, and writes them only if they differ.
+# Its memory, which survives restarts, is the CDI files, and beside each a link that names the claim. A device belongs
+# to one claim (adminAccess takes it from nobody) until the kubelet unprepares that claim, or the API server has said
+# twice, GONE_SECONDS apart, that it does not exist. The driver asks only about claims whose files it found at its
+# start, and when another claim wants the device. Nothing is awaited between looking who has a device and writing the
+# file, so no two claims get it. While a file cannot be read, no other claim is prepared, until the API server has said
+# which devices it has. The slices outlive the driver: the next one writes them only if they are not as it wants.
 #
 # A device that goes is tainted NoSchedule at once, and NoExecute, which evicts its pod, after --gone-grace. Until it
-# is back, its CDI device has another name (with GONE at its end), so that no container starts with whatever is at its path.
-# A restarted driver sees by this name that the device was gone, and does not take another stick at that path for it. A
-# device that is there, but that no rule names or chooses any more, stays with its pod: the config file was edited, and
-# no pod is lost for that.
+# is back, its CDI device has another name (GONE at its end), so that no container starts with what is at its path. A
+# restarted driver sees by this name that the device was gone, and does not take another stick at that path for it. A
+# device that is there, but that no rule names or chooses any more, stays with its pod: no edit of a rule costs a pod.
 # ---------------------------------------------------------------------------------------------------------------------
 
 MAX_SLICE_DEVICES = 64  # the API takes 128, but only 64 once one of them has a taint
@@ -3719,8 +3665,7 @@ def short_hash(text: str) -> str:
 
 
 def slots_by_device_name(plan: Plan) -> SlotsOfDra:
-    """Every slot of PLAN by its device's name in the slices, which follows from path and slot alone. If two resources
-    have the path, it is the slot of the device that is there."""
+    """Every slot of PLAN by its device's name in the slices; if two resources have its path, the one that is there."""
     slots: dict[str, Slot] = {}
     for resource in plan.resources.values():
         labels = {device.path: dns_label(device.path, 63 - len("-9999")) for device in resource.devices}
@@ -3732,8 +3677,7 @@ def slots_by_device_name(plan: Plan) -> SlotsOfDra:
 
 
 def slice_device(name: str, device: Slot | ClaimedDevice, domain: str, evicts: bool = False) -> Document:
-    """DEVICE as the device NAME of a ResourceSlice: a slot, or a prepared device that is gone and not in the plan. One
-    that is Unhealthy is given to no new pod; if it EVICTS, it also costs the pods that have it."""
+    """DEVICE as the device NAME of a ResourceSlice: a slot, or a prepared device that is gone and not in the plan."""
     if isinstance(device, Slot):
         resource, found = device.resource, device.device
         values: Document = {"resource": resource.name, "path": device_path(found), "slot": device.number, **found.facts}
@@ -3746,7 +3690,6 @@ def slice_device(name: str, device: Slot | ClaimedDevice, domain: str, evicts: b
     for key, value in values.items():
         text = str(value).encode("utf-8", "backslashreplace")[:64].decode("utf-8", "ignore")  # a limit of the API
         attributes[key] = {"int": value} if isinstance(value, int) else {"string": text}
-    # NoSchedule: the scheduler gives it to no pod. NoExecute: the control plane also evicts the pods that have it.
     effect = "NoExecute" if evicts else "NoSchedule"
     taints = {"taints": [{"key": f"{domain}/{taint}", "effect": effect}]} if taint else {}
     return {"name": name, "attributes": attributes, **taints}
@@ -3761,11 +3704,9 @@ def slice_name(node: str, domain: str, index: int) -> str:
     return f"{readable}-{short_hash(f'{node}/{domain}')}-{index}"
 
 
-def resource_slices(
-    domain: str, node: str, node_uid: str, generation: int, groups: Sequence[SliceGroup]
-) -> Iterator[Document]:
-    """The ResourceSlices of NODE, one per group of devices. The Node owns them, so they are deleted with it."""
-    owner = {"apiVersion": "v1", "kind": "Node", "name": node, "uid": node_uid}
+def resource_slices(domain: str, node: str, uid: str, generation: int, groups: list[SliceGroup]) -> Iterator[Document]:
+    """The ResourceSlices of NODE, one per group of devices. The Node (UID) owns them, so they are deleted with it."""
+    owner = {"apiVersion": "v1", "kind": "Node", "name": node, "uid": uid}
     pool = {"name": node, "generation": generation, "resourceSliceCount": len(groups)}
     for index, (_, devices) in enumerate(groups):
         spec = {"driver": domain, "nodeName": node, "pool": pool, "devices": json.loads(devices)}
@@ -3808,17 +3749,13 @@ def read_slice(item: Document) -> SliceCopy:
 
 def read_slices(answer: Document, domain: str, node: str) -> tuple[dict[str, SliceCopy], str]:
     """The slices in ANSWER, a list, that are of the driver DOMAIN and of NODE, by name; and where the list goes on."""
-    slices = {}
-    for item in answer["items"]:
-        if (item["spec"]["driver"], item["spec"].get("nodeName")) == (domain, node):
-            slices[item["metadata"]["name"]] = read_slice(item)
-    return slices, answer["metadata"].get("continue", "")
+    own = [item for item in answer["items"] if (item["spec"]["driver"], item["spec"].get("nodeName")) == (domain, node)]
+    return {item["metadata"]["name"]: read_slice(item) for item in own}, answer["metadata"].get("continue", "")
 
 
 def read_claim(document: Document, claim: PreparedClaim, domain: str, node: str) -> PreparedClaim | None:
     """CLAIM with the devices of the driver DOMAIN on NODE that it was allocated, each once for all of its requests;
-    None if DOCUMENT is another claim of its name. Raises AllocationError, and one of UNEXPECTED for what is no claim.
-    """
+    None if DOCUMENT is another claim of its name. Raises AllocationError, and one of UNEXPECTED if it is no claim."""
     if document["metadata"]["name"] != claim.name:
         raise ValueError("this is not the claim")
     if document["metadata"]["uid"] != claim.uid:
@@ -3839,9 +3776,7 @@ def read_claim(document: Document, claim: PreparedClaim, domain: str, node: str)
     return claim._replace(devices=tuple(found.values()))
 
 
-def prepare_devices(
-    devices: Sequence[ClaimedDevice], slots: SlotsOfDra, host: HostDevices
-) -> tuple[ClaimedDevice, ...]:
+def prepare_devices(devices: Sequence[ClaimedDevice], slots: SlotsOfDra, host: HostDevices) -> list[ClaimedDevice]:
     """DEVICES with what containers are given for them now. A container gets all devices of a request, so they must not
     conflict and they share their env, like the slots of one Allocate. Raises AllocationError."""
     for device in devices:
@@ -3862,26 +3797,7 @@ def prepare_devices(
         edits = {key: value for key, value in (("env", env), ("deviceNodes", list(nodes.values()))) if value}
         path = device_path(slot.device)
         prepared.append(device._replace(resource=slot.resource.name, path=path, edits=edits, problem=""))
-    return tuple(prepared)
-
-
-def follow_device(device: ClaimedDevice, plan: Plan, slots: SlotsOfDra, dev_dir: str) -> tuple[Slot | None, str]:
-    """The slot of PLAN, one of its SLOTS, that DEVICE is, if there is one; and why no container may start with DEVICE:
-    it or a companion is gone, or another one is in its place. Empty if one may.
-
-    One that is there, and that no rule names or chooses any more, has no problem. Nor has one that has changed, or
-    whose resource has another name by now. One that was gone is back only if a rule chooses it.
-    """
-    resource, slot = plan.resources.get(device.resource), slots.get(device.name)
-    found = next((own for own in (resource.devices if resource else ()) if device_path(own) == device.path), None)
-    # Rules by attributes tell sticks apart: if it was gone, what another resource has at its path is another one.
-    if not found and slot and not (device.problem and slot.device.chosen_by):
-        found = slot.device
-    if found:
-        return slot if slot and slot.device is found else None, "" if found.specs else found.problem
-    if device.path.startswith("/dev/") and not os.path.exists(dev_dir + device.path[len("/dev") :]):
-        return None, Reason.GONE.template
-    return None, Reason.SWAPPED.template if device.problem else ""
+    return prepared
 
 
 def cdi_document(claim: PreparedClaim, domain: str) -> Document:
@@ -3890,13 +3806,9 @@ def cdi_document(claim: PreparedClaim, domain: str) -> Document:
     for device in claim.devices:
         notes = {"request": ",".join(device.requests), "resource": device.resource, "path": device.path}
         notes.update({"admin-access": "true"} if device.is_admin else {})
-        devices.append(
-            {
-                "name": f"{claim.uid}-{device.name}" + (GONE if device.problem else ""),
-                "annotations": {f"{domain}/{key}": value for key, value in notes.items()},
-                "containerEdits": device.edits,
-            }
-        )
+        annotations = {f"{domain}/{key}": value for key, value in notes.items()}
+        name = f"{claim.uid}-{device.name}" + (GONE if device.problem else "")
+        devices.append({"name": name, "annotations": annotations, "containerEdits": device.edits})
     notes = {f"{domain}/claim-{key}": getattr(claim, key) for key in ("uid", "namespace", "name")}
     return {"cdiVersion": "0.6.0", "kind": f"{domain}/device", "annotations": notes, "devices": devices}
 
@@ -3977,8 +3889,7 @@ async def receive_answer(reader: asyncio.StreamReader, url: str) -> ApiAnswer:
 
 def api_problem(verb: str, path: str, status: int, message: str) -> str:
     """Why the API server refused VERB on PATH with STATUS and MESSAGE, in one sentence."""
-    match = re.match(rf"(?:/api/v1|{_API})(?:/namespaces/[^/]+)?/([a-z]+)", path)
-    kind = match[1] if match else path
+    kind = re.sub(rf"^(?:/api/v1|{_API})(?:/namespaces/[^/]+)?/([a-z]+).*", r"\1", path)
     ending = f": {printable(message)[:MAX_SHOWN]}" if message else ""
     if status == 403:
         return f'the service account lacks the right "{verb}" on "{kind}" (403){ending}'
@@ -4010,11 +3921,8 @@ class ApiServer:
     ) -> Any:
         """What READ reads in the answer to VERB on PATH, its metadata if there is no READ, within 2 * API_SECONDS. None
         if its status is NONE_IF; if that is 404, the answer must name PATH's object: a load balancer without a backend,
-        and an API server without resource.k8s.io/v1, answer 404, too.
-
-        The API server decides what runs on the node anyway, so READ may trust the answer: whatever it raises because
-        the answer is another one becomes an ApiError. Raises ApiError.
-        """
+        and an API server without resource.k8s.io/v1, answer 404, too. Raises ApiError, also if READ raises UNEXPECTED:
+        the API server decides what runs on the node anyway, so READ may trust its answer."""
         status, document = await self._send(verb, path, body)
         if status == 401:  # the token was replaced while the request was on its way
             status, document = await self._send(verb, path, body)
@@ -4043,7 +3951,13 @@ class ApiServer:
         except asyncio.TimeoutError:
             self.problem = f"the API server at {self.url} did not answer within {API_SECONDS:.0f} s"
         except (OSError, RuntimeError) as error:  # Python raises the latter if there can be no more threads
-            self.problem = f"the API server at {self.url} {_connection_problem(error, self._ca_file)}"
+            number = getattr(error, "errno", None) or 0  # of ssl.SSLError, it is none of the system's, but has a reason
+            reason = getattr(error, "reason", "") or (os.strerror(number) if number > 0 else str(error) or repr(error))
+            problem = f"does not answer: {printable(reason)[:MAX_SHOWN]}"
+            verify_message = getattr(error, "verify_message", "")  # of ssl.SSLCertVerificationError
+            if verify_message:
+                problem = f"has a certificate that is not signed by a CA in {self._ca_file}: {verify_message}"
+            self.problem = f"the API server at {self.url} {problem}"
         except ApiError as error:
             self.problem = str(error)
         finally:
@@ -4095,22 +4009,10 @@ def _read_file(path: str) -> bytes:
         return file.read(MAX_FILE_BYTES) or b""  # None: a FIFO whose writer has written nothing
 
 
-def _connection_problem(error: OSError | RuntimeError, ca_file: str) -> str:
-    """Why there is no answer, as the rest of a sentence that begins with the API server."""
-    verify_message = getattr(error, "verify_message", "")  # of ssl.SSLCertVerificationError
-    if verify_message:
-        return f"has a certificate that is not signed by a CA in {ca_file}: {verify_message}"
-    number = getattr(error, "errno", None) or 0  # of ssl.SSLError, it is none of the system's, but a reason is there
-    reason = getattr(error, "reason", "") or (os.strerror(number) if number > 0 else str(error) or repr(error))
-    return f"does not answer: {printable(reason)[:MAX_SHOWN]}"
-
-
 class CdiFiles:
-    """The CDI files of the driver DOMAIN in FOLDER, one per prepared claim. Other files are left alone.
-
-    Beside each stands a link whose target is the claim's namespace and name. So if the file is lost, the API server can
-    still be asked what the claim holds; the kubelet does not prepare the claim of a running pod a second time.
-    """
+    """The CDI files of the driver DOMAIN in FOLDER, one per prepared claim. Other files are left alone. Beside each is
+    a link whose target is the claim's namespace and name: if the file is lost, the API server can be asked what the
+    claim holds, since the kubelet does not prepare the claim of a running pod a second time."""
 
     def __init__(self, folder: str, domain: str) -> None:
         self._folder = folder
@@ -4146,8 +4048,7 @@ class CdiFiles:
         return claim
 
     def write(self, claim: PreparedClaim) -> bool:
-        """Have the file of CLAIM hold what it should; whether it had to be written, and was read back. Raises
-        OSError."""
+        """Have the file of CLAIM hold what it should; whether it had to be written. Raises OSError."""
         content = json.dumps(cdi_document(claim, self._domain)).encode()
         if self._holds(claim, content):
             return False
@@ -4172,10 +4073,9 @@ class CdiFiles:
     def _holds(self, claim: PreparedClaim, content: bytes) -> bool:
         """Whether file and link of CLAIM are there, the file with this CONTENT."""
         path, link, _ = self.paths(claim.uid)
-        try:
+        with contextlib.suppress(OSError):
             return os.readlink(link) == claim.full_name and _read_file(path) == content
-        except OSError:
-            return False
+        return False
 
 
 def _unlink(path: str) -> None:
@@ -4184,11 +4084,8 @@ def _unlink(path: str) -> None:
 
 
 class Claims:
-    """The claims that are prepared on this node: prepares them, unprepares them, and keeps their CDI files.
-
-    Between open() and close(), this instance alone serves the driver; it takes up what others have left. Belongs to a
-    loop.
-    """
+    """The claims that are prepared on this node: prepares and unprepares them, and keeps their CDI files. Between
+    open() and close(), this instance alone serves the driver, and takes up what others have left. Belongs to a loop."""
 
     PREPARE_SECONDS = 20.0  # the kubelet waits for 45 s, and after an error it asks again only 60 to 90 s later
     RETRY_SECONDS = 1.0  # before the next try to prepare a claim
@@ -4202,12 +4099,10 @@ class Claims:
         self.allocations: Counter[str] = Counter()  # slots that were prepared, by resource
         self._plan = EMPTY_PLAN
         self._slots: SlotsOfDra = {}  # those of the plan
-        self._is_stale = True  # what is prepared is to be derived again
         self.lost: dict[str, ClaimedDevice] = {}  # prepared devices that are gone and not in the plan, by name
-        self._is_open = False
+        self._is_open = self._is_stale = False  # it is stale if what is prepared is to be derived again
         self._unread: dict[str, set[str] | None] = {}  # files that cannot be read: their devices; None: unknown
-        # Claims that the API server may not have: time.monotonic() when it first said so, None: it has not.
-        self._doubts: dict[str, float | None] = {}
+        self._doubts: dict[str, float | None] = {}  # claims that may be gone: time.monotonic() of the first 404
         self._rewrites: Counter[str] = Counter()  # CDI files that were written again, which is not logged yet, by claim
         self._logged_at = -math.inf  # time.monotonic() when such were logged last
         self._options = options
@@ -4237,9 +4132,6 @@ class Claims:
         is_changed = self._is_stale or plan is not self._plan
         self._is_stale, self._plan, self._slots, self.lost = False, plan, slots, {}
         for claim in list(self.prepared.values()):
-            followed = [(device, *self._follow(device)) for device in claim.devices]
-            self.lost.update((device.name, device) for device, slot, problem in followed if problem and not slot)
-            is_changed |= any(device.problem != problem for device, _, problem in followed)
             try:
                 self._rewrite(claim, is_changed)
             except AllocationError:
@@ -4257,8 +4149,7 @@ class Claims:
             self._notify()
 
     async def check(self) -> float:
-        """Ask the API server about the claims that it may not have; after how many seconds to ask again. Raises
-        ApiError."""
+        """Ask the API server about claims that may be gone; after how many seconds to ask again. Raises ApiError."""
         for uid in list(self._doubts):
             await self._check(uid)
         ends = [since + self.GONE_SECONDS - time.monotonic() for since in self._doubts.values() if since]
@@ -4283,8 +4174,7 @@ class Claims:
                         if device.problem:
                             raise AllocationError("UNAVAILABLE", f"{device.path}: {device.problem}")
                     return before
-                if not allocated:
-                    allocated = await wait_bounded(self._read(claim), end - time.monotonic())
+                allocated = allocated or await wait_bounded(self._read(claim), end - time.monotonic())
                 if not allocated:
                     text = f"the API server has no claim {claim.full_name} with the uid {claim.uid}"
                     raise AllocationError("NOT_FOUND", text)
@@ -4326,7 +4216,7 @@ class Claims:
         self._take_up()
         for problem in self._holders(claim).values():
             raise AllocationError("UNAVAILABLE", problem)
-        claim = claim._replace(devices=prepare_devices(claim.devices, self._slots, self._host))
+        claim = claim._replace(devices=tuple(prepare_devices(claim.devices, self._slots, self._host)))
         if claim.devices:
             self._files.write(claim)
             self.prepared[claim.uid] = claim
@@ -4337,11 +4227,11 @@ class Claims:
         return claim
 
     def _rewrite(self, claim: PreparedClaim, is_changed: bool = True) -> PreparedClaim:
-        """CLAIM, which is prepared, with what a container is given for its devices now, if that IS_CHANGED. Its CDI
-        file becomes so. A device that new pods are not offered any more stays as it was. Raises AllocationError and
-        OSError."""
-        if is_changed:
-            followed = [(device, *self._follow(device)) for device in claim.devices]
+        """Bring the prepared CLAIM and its file up to date with the plan, which IS_CHANGED or not, and /dev. A device
+        that new pods are not offered any more stays as it was. Raises AllocationError and OSError."""
+        followed = [(device, *self._follow(device)) for device in claim.devices]
+        self.lost.update((device.name, device) for device, slot, problem in followed if problem and not slot)
+        if is_changed or any(device.problem != problem for device, _, problem in followed):
             offered = [device for device, slot, _ in followed if slot and not slot.device.problem]
             fresh = {device.name: device for device in prepare_devices(offered, self._slots, self._host)}
             devices = (fresh.get(old.name, old._replace(problem=problem)) for old, _, problem in followed)
@@ -4352,12 +4242,22 @@ class Claims:
         return claim
 
     def _log_not_written(self, claim: PreparedClaim, error: AllocationError | OSError) -> None:
-        why = error.strerror if isinstance(error, OSError) else error
-        text = f"cannot write {self._files.paths(claim.uid)[0]}: {why}"
+        text = f"cannot write {self._files.paths(claim.uid)[0]}: {getattr(error, 'strerror', error)}"
         board.set(claim.uid, text, "cdi-file-not-rewritten", claim=claim.full_name)
 
     def _follow(self, device: ClaimedDevice) -> tuple[Slot | None, str]:
-        return follow_device(device, self._plan, self._slots, self._options.dev_dir)
+        """The slot of the plan that DEVICE is, if there is one; and why no container may start with it, if none may: it
+        or a companion is gone, or another one is in its place. One that was gone is back only if a rule chooses it."""
+        resource, slot = self._plan.resources.get(device.resource), self._slots.get(device.name)
+        found = next((own for own in (resource.devices if resource else ()) if device_path(own) == device.path), None)
+        # Rules by attributes tell sticks apart: if it was gone, what another resource has at its path is another one.
+        if not found and slot and not (device.problem and slot.device.chosen_by):
+            found = slot.device
+        if found:
+            return slot if slot and slot.device is found else None, "" if found.specs else found.problem
+        if device.path.startswith("/dev/") and not os.path.exists(self._options.dev_dir + device.path[len("/dev") :]):
+            return None, Reason.GONE.template
+        return None, Reason.SWAPPED.template if device.problem else ""
 
     def _holders(self, claim: PreparedClaim) -> dict[str, str]:
         """The other claims that take, or may take, devices of CLAIM: by uid, a sentence that says so."""
@@ -4373,8 +4273,7 @@ class Claims:
         return found
 
     async def _read(self, claim: PreparedClaim) -> PreparedClaim | None:
-        """CLAIM with the devices that it was allocated; None if there is no such claim. Raises ApiError and
-        AllocationError."""
+        """CLAIM with what it was allocated; None if there is no such claim. Raises ApiError and AllocationError."""
         path = f"{_API}/namespaces/{claim.namespace}/resourceclaims/{claim.name}"
         read = functools.partial(read_claim, claim=claim, domain=self._options.domain, node=self._options.node_name)
         found: PreparedClaim | None = await self._api.call("get", path, read=read, none_if=404)
@@ -4387,8 +4286,7 @@ class Claims:
             text = "this instance of the driver has ended; the next one will do it"  # and must know of it
             raise AllocationError("FAILED_PRECONDITION", text)
         uids = self._files.uids()
-        for uid in self._unread.keys() - uids:  # somebody has removed it
-            del self._unread[uid]
+        self._unread = {uid: taken for uid, taken in self._unread.items() if uid in uids}  # others were removed
         for uid in uids - self.prepared.keys():
             self._doubts.setdefault(uid, None)
             try:
@@ -4396,10 +4294,9 @@ class Claims:
                 self._unread.pop(uid, None)
             except (OSError, *UNEXPECTED) as error:
                 if uid not in self._unread:
-                    why = error.strerror if isinstance(error, OSError) else error
+                    self._unread[uid], why = None, getattr(error, "strerror", error)
                     text = f"this CDI file cannot be read, so no device is given that its claim may have: {why}"
                     log_event("cdi-file-unreadable", text, logging.WARNING, file=self._files.paths(uid)[0])
-                self._unread.setdefault(uid, None)
 
     async def _check(self, uid: str) -> None:
         """Drop the claim UID if the API server has said GONE_SECONDS ago, too, that it does not exist. If it does, and
@@ -4411,8 +4308,7 @@ class Claims:
             allocated = await self._read(claim)
             if allocated is None:  # an API server without slices has no claims either
                 await self._api.call("list", f"{_API}/resourceslices?limit=1", read=lambda document: document["items"])
-                since = self._doubts.get(uid) or time.monotonic()
-                self._doubts[uid] = since
+                since = self._doubts[uid] = self._doubts.get(uid) or time.monotonic()
                 if self._is_open and time.monotonic() - since >= self.GONE_SECONDS:
                     problem = self.unprepare(uid, "the API server has no such claim any more")
                     board.set(uid, problem, "cdi-file-not-removed", claim=claim.full_name)
@@ -4435,11 +4331,9 @@ class Claims:
 
 class Publisher:
     """Keeps the ResourceSlices of NODE and the DeviceClasses on the API server as they are wanted. Belongs to a loop.
-
     All slices carry one generation, so they are written together or not at all: not if the server already has them, as
     written or as it changed them. The classes, and CHECK_CLAIMS, are tasks of their own: with many resources, or if no
-    class can be made, a lost device is tainted all the same.
-    """
+    class can be made, a lost device is tainted all the same."""
 
     SLICES_AT_ONCE = 16  # in an answer, of up to 100 KB and 1,500 objects each
     MAX_GENERATION = (1 << 63) - 1  # of a pool; the API has it as int64
@@ -4539,9 +4433,8 @@ class Publisher:
                 body["metadata"]["resourceVersion"] = copies[name].version
                 verb, place = "update", f"{path}/{name}"
             copies[name] = await self._api.call(verb, place, body, read=read_slice)
-        count = pluralize(sum(number for number, _ in wanted), "device")
-        sentence = f"published {count} in {pluralize(len(wanted), 'ResourceSlice')}"
-        log_event("published", sentence, generation=generation)
+        devices, slices = sum(count for count, _ in wanted), pluralize(len(wanted), "ResourceSlice")
+        log_event("published", f"published {pluralize(devices, 'device')} in {slices}", generation=generation)
 
     async def _make_classes(self) -> float:
         """Make the missing DeviceClasses. Others use them too, so none is changed."""
@@ -4692,7 +4585,7 @@ class DraSide(KubeletSide):
         self._publisher = Publisher(self._api, options.node_name, self.domain, self._claims.check)
         self._plugin = DraPlugin(options, self._claims, self._publisher.refresh)
         self._plan: Plan | None = None
-        self._gone_since: Mapping[str, float] = {}  # time.monotonic(), by name of a device in the slices
+        self._gone_since: dict[str, float] = {}  # time.monotonic(), by name of a device in the slices
         self._wanted_from: tuple[object, ...] = ()  # what the slices were last derived from
         self._is_standby = False  # another instance serves the driver
         self._leases = Leases(f"{self.plugin_dir}/driver.lock")
@@ -4711,12 +4604,11 @@ class DraSide(KubeletSide):
         await self._check_sockets()
         self._plugin.check_kubelet()
         self._claims.look(self._plan, self.slots)
-        now, lost = time.monotonic(), self._claims.lost
-        since_when = {name: slot.device.since for name, slot in self.slots.items() if slot.device.is_gone}
-        since_when.update((name, self._gone_since.get(name, now)) for name in lost)
-        self._gone_since = since_when
-        evicted = {name for name, since in since_when.items() if now - since >= self._options.gone_grace}
-        wanted_from = (self._plan, lost.keys(), evicted)
+        before, lost, now = self._gone_since, self._claims.lost, time.monotonic()
+        self._gone_since = {name: slot.device.since for name, slot in self.slots.items() if slot.device.is_gone}
+        self._gone_since.update((name, before.get(name, now)) for name in lost)
+        evicted = {name for name, since in self._gone_since.items() if now - since >= self._options.gone_grace}
+        wanted_from = (self._plan, set(lost), evicted)  # a copy: Prepare may add to those that are lost
         if wanted_from != self._wanted_from:
             self._wanted_from = wanted_from
             wanted: dict[str, Slot | ClaimedDevice] = {**self.slots, **lost}
@@ -4734,18 +4626,11 @@ class DraSide(KubeletSide):
         return self._publisher.problem if self._plugin.is_registered else unready_text(board.get("driver"))
 
     def describe_registration(self, name: str) -> Document:
-        """The part of the status document about the resource NAME: the driver is registered for all of them."""
-        return {
-            **NOT_REGISTERED,
-            "ready": not self.problem,
-            "served_by_other": self._is_standby,
-            "trouble": self.problem,
-            "allocations": self._claims.allocations[name],
-            "registrations": self._plugin.registrations,
-        }
+        state = {"ready": not self.problem, "served_by_other": self._is_standby, "trouble": self.problem}
+        counts = {"allocations": self._claims.allocations[name], "registrations": self._plugin.registrations}
+        return {**NOT_REGISTERED, **state, **counts}
 
     def describe(self) -> Document:
-        """The parts of the status document about the kubelet and about DRA."""
         api, plugin, publisher = self._api, self._plugin, self._publisher
         dra = {
             "problem": self.problem,
@@ -4814,11 +4699,9 @@ class DraSide(KubeletSide):
 # paths of the server are a public interface. A new metric is one more line of FAMILIES.
 # ---------------------------------------------------------------------------------------------------------------------
 
-# The document. --list --json prints its parts "resources", "shared", "left_out" and "unused".
-
 
 def describe_plan(plan: Plan, resources: Sequence[Document], domain: str) -> Document:
-    """What PLAN offers (RESOURCES, described already), what it leaves out, and its rules that matched nothing."""
+    """What PLAN offers (RESOURCES, described already) and leaves out, and its unused rules: --list --json prints it."""
 
     def offer(name: str, device: Device) -> Document:
         return {"resource": f"{domain}/{name}", "path": f"/dev/{device.path}", "line": device.line}
@@ -4835,13 +4718,8 @@ def describe_plan(plan: Plan, resources: Sequence[Document], domain: str) -> Doc
     }
 
 
-def describe_resource(resource: Resource, domain: str, epoch: float) -> Document:
-    """RESOURCE as a document. EPOCH is the time.time() at which time.monotonic() was 0."""
-
-    def describe_node(spec: DeviceSpec) -> Document:
-        paths = {"host": spec.host, "container": spec.container}
-        return {**paths, "permissions": spec.permissions, "targets": [host for host, _ in spec.nodes]}
-
+def describe_resource(resource: Resource, domain: str, epoch: float, **more: object) -> Document:
+    """RESOURCE as a document that ends with MORE. EPOCH is the time.time() at which time.monotonic() was 0."""
     devices = [
         {
             "path": device_path(device),
@@ -4852,13 +4730,16 @@ def describe_resource(resource: Resource, domain: str, epoch: float) -> Document
             **({"gone": device.is_gone} if device.problem else {}),
             "since": utc(epoch + device.since),
             "numa": list(device.numa),
-            "nodes": list(map(describe_node, device.specs)),
+            "nodes": [
+                {"host": host, "container": place, "permissions": permissions, "targets": [path for path, _ in nodes]}
+                for host, place, permissions, nodes in device.specs
+            ],
             "env": dict(device.env),
         }
         for device in resource.devices
     ]
     slots = sum(device.slots for device in resource.devices)
-    return {"name": f"{domain}/{resource.name}", "pool": resource.pool, "slots": slots, "devices": devices}
+    return {"name": f"{domain}/{resource.name}", "pool": resource.pool, "slots": slots, "devices": devices, **more}
 
 
 def describe_use(resource: Resource, holders: Holders | None) -> Document:
@@ -4881,11 +4762,8 @@ def is_served(resources: Iterable[Document]) -> bool:
 
 def find_hanging(threads: Iterable[Document]) -> list[str]:
     """A sentence per thread that hangs."""
-    return [
-        f"the {thread['name']} hangs: its last turn was {thread['seconds_since_turn']:.1f} s ago"
-        for thread in threads
-        if thread["seconds_since_turn"] > thread["max_seconds"]
-    ]
+    late = [thread for thread in threads if thread["seconds_since_turn"] > thread["max_seconds"]]
+    return [f"the {each['name']} hangs: its last turn was {each['seconds_since_turn']:.1f} s ago" for each in late]
 
 
 def find_problems(document: Document) -> Mapping[str, Sequence[str]]:
@@ -4917,9 +4795,8 @@ def find_problems(document: Document) -> Mapping[str, Sequence[str]]:
 
 def conf_problem(conf: Document) -> str:
     """Why the config file is refused, and which rules are in force; empty if it is good."""
-    if not conf["error"]:
-        return ""
-    return f"the config file is refused, the rules of {clock(conf['read_at'])} UTC stay in force: {conf['error']}"
+    stale = f"the config file is refused, the rules of {clock(conf['read_at'])} UTC stay in force: {conf['error']}"
+    return stale if conf["error"] else ""
 
 
 def users_by_device(resource: Document) -> Mapping[str, Mapping[tuple[str, str], Sequence[str]]]:
@@ -4937,16 +4814,12 @@ def _first_names(names: Sequence[str]) -> str:
 
 
 def _with_names(sentence: str, names: Sequence[str]) -> str:
-    """SENTENCE, after the NAMES of what it is about."""
     return f"{_first_names(names)}: {sentence}" if names else sentence
 
 
 def clock(moment: str) -> str:
     """MOMENT, as utc() writes it, for people: without fractions, T and Z."""
     return moment[:19].replace("T", " ")
-
-
-# Text: for terminals.
 
 
 def render_table(header: Iterable[str], rows: Iterable[Sequence[object]]) -> str:
@@ -5059,11 +4932,7 @@ def event_text(event: Document) -> tuple[str, str]:
 PREFIX = "smarter_device_manager_"
 Samples = Iterable[tuple[Mapping[str, str], float]]  # labels and value
 _ESCAPES_OF_LABELS = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
-
-
-def _build_samples(document: Document) -> Samples:
-    python = ".".join(map(str, sys.version_info[:3]))
-    yield {"version": document["smarter_device_manager"], "python": python}, 1
+_VERSIONS = {"version": __version__, "python": ".".join(map(str, sys.version_info[:3]))}
 
 
 def _holder_samples(document: Document) -> Samples:
@@ -5098,7 +4967,7 @@ def _request_samples(document: Document) -> Samples:
 # The names of metrics without PREFIX, their help, and where the document has their values: "resources.KEY" has one per
 # resource if it is known, any other "PART.KEY" has one if the document has PART.
 FAMILIES: Sequence[tuple[str, str, str | Callable[[Document], Samples]]] = (
-    ("build_info", "Always 1; the labels have the versions.", _build_samples),
+    ("build_info", "Always 1; the labels have the versions.", lambda _: [(_VERSIONS, 1)]),
     ("slots", "Containers that may have the resource at once.", "resources.slots"),
     ("slots_in_use", "Slots that containers have; absent while unknown.", "resources.in_use"),
     ("slot_holder", "1 per container that has a slot.", _holder_samples),
@@ -5260,8 +5129,7 @@ def parse_request(data: bytes) -> tuple[str, str, str] | None:
 
 
 def is_known_host(host: str, names: frozenset[str]) -> bool:
-    """Whether HOST, with its port, is an IP address or one of NAMES. A page on another name, whose owner has it lead
-    here (DNS rebinding), must not be able to read what this server shows."""
+    """Whether HOST, with its port, is an IP address or in NAMES. Pages of others must not read this (DNS rebinding)."""
     name = re.sub(r":[0-9]*$", "", host.strip()).strip("[]").lower().rstrip(".")
     return name in names or bool(re.fullmatch("[0-9.]+|[0-9a-f]*:[0-9a-f:.]*(%.*)?", name))
 
@@ -5406,11 +5274,9 @@ class StatusServer:
 
     def _threads(self) -> list[Document]:
         """Per thread the age of its last heartbeat, and the age that it may have."""
-        heartbeats = {"device side": self._main_heartbeat, "kubelet side": self.side.heartbeat}
-        return [
-            {"name": name, "seconds_since_turn": time.monotonic() - beat, "max_seconds": self.side.max_silence}
-            for name, beat in heartbeats.items()
-        ]
+        beats = {"device side": self._main_heartbeat, "kubelet side": self.side.heartbeat}
+        now, most = time.monotonic(), self.side.max_silence
+        return [{"name": name, "seconds_since_turn": now - beat, "max_seconds": most} for name, beat in beats.items()]
 
     def _readyz(self) -> bytes:
         """200 if the kubelet has each resource, from this instance or another; and what is not as it should be."""
@@ -5438,27 +5304,23 @@ class StatusServer:
         return respond(OK, "".join(await in_slices(pieces)), kind, policy)
 
     async def _describe(self) -> Document:
-        side, plan, epoch = self.side, self.plan, time.time() - time.monotonic()
-        holders = await read_holders(self.pod_resources, side.domain, side.slots)
+        side, domain, plan, epoch = self.side, self.side.domain, self.plan, time.time() - time.monotonic()
+        holders = await read_holders(self.pod_resources, domain, side.slots)
         resources = (
-            {
-                **describe_resource(resource, side.domain, epoch),
-                **side.describe_registration(name),
-                **describe_use(resource, holders),
-            }
-            for name, resource in plan.resources.items()
+            describe_resource(each, domain, epoch, **side.describe_registration(name), **describe_use(each, holders))
+            for name, each in plan.resources.items()
         )
         return {
             "smarter_device_manager": __version__,
             "node": self.node,
-            "domain": side.domain,
+            "domain": domain,
             "time": utc(time.time()),
             "threads": self._threads(),
             **side.describe(),
             "process": describe_process(),
             "events": self.events.events,
             **self.device_side,
-            **describe_plan(plan, await in_slices(resources), side.domain),
+            **describe_plan(plan, await in_slices(resources), domain),
         }
 
 
@@ -5799,7 +5661,10 @@ def restart_compiled() -> None:
 # the manifest are for programs, and keep their form.
 # ---------------------------------------------------------------------------------------------------------------------
 
+DEFAULT_IMAGE = "docker.io/library/python:3.13-slim"  # of --manifest
+DEFAULT_NAMESPACE = "kube-system"
 DEFAULT_POD_RESOURCES = "/var/lib/kubelet/pod-resources/kubelet.sock"
+HOME_FOLDERS = ("/home/", "/root/", "/run/user/")  # hidden by ProtectHome=, see systemd.exec(5)
 STATUS_SECONDS = 10.0  # for a daemon to answer --status
 
 
@@ -5810,10 +5675,8 @@ def program_name() -> str:
 
 
 def write_output(text: str) -> None:
-    """Print TEXT now. Raises BrokenPipeError if the reader has gone (--list | head), and Problem if a write fails.
-
-    After that, stdout is /dev/null; otherwise Python would try again when it exits, and complain.
-    """
+    """Print TEXT now. Raises BrokenPipeError if the reader has gone (--list | head), and Problem if a write fails; then
+    stdout is /dev/null, or Python would try again when it exits, and complain."""
     try:
         print(text, end="", flush=True)
     except OSError as error:
@@ -5832,11 +5695,8 @@ def scan_once(options: argparse.Namespace, with_facts: bool = False) -> DeviceSi
     return devices
 
 
-def read_all_attributes(sys_dir: str, node: Entry) -> Sequence[tuple[str, Values]]:
-    """Each folder of NODE's device and its parents that has attributes a rule could ask for, and these.
-
-    Raises OSError as read_chain() does.
-    """
+def read_all_attributes(sys_dir: str, node: Entry) -> Sequence[Document]:
+    """The folders of NODE's device and its parents, with the attributes that a rule could ask for. Raises OSError."""
     found = []
     for folder in sysfs_folders(sys_dir, node):
         names = [name for name in ("driver", "subsystem") if os.path.islink(f"{folder}/{name}")]
@@ -5849,15 +5709,14 @@ def read_all_attributes(sys_dir: str, node: Entry) -> Sequence[tuple[str, Values
             if value and len(value) <= MAX_VALUE and value.isprintable() and "\\x" not in value:  # a short line of text
                 values[name] = value
         if values:
-            found.append((folder, values))
+            found.append({"folder": folder, "attributes": values})
     return found
 
 
 def show_attributes(options: argparse.Namespace) -> None:
     """--list --attributes: print the attributes of a device in sysfs, as the beginnings of a rule."""
     whole = os.path.normpath(os.path.join(options.dev_dir, options.attributes))
-    tops = [f"{top}/" for top in (options.dev_dir, "/dev") if whole.startswith(f"{top}/")]
-    path = whole[len(tops[0]) :] if tops else ""
+    path = next((whole[len(top) + 1 :] for top in (options.dev_dir, "/dev") if whole.startswith(f"{top}/")), "")
     shown = f"/dev/{path}"
     if not path or not os.path.lexists(f"{options.dev_dir}/{path}"):
         raise Problem(f"{options.attributes} is not in {options.dev_dir}; give a path such as /dev/video0 or video0")
@@ -5878,11 +5737,10 @@ def show_attributes(options: argparse.Namespace) -> None:
     if not chain:
         number = f"{kind} {os.major(device)}:{os.minor(device)}"
         raise Problem(f"{options.sys_dir} does not have {shown} ({number}); --sys-dir names the host's /sys")
-    blocks = [{"folder": folder, "attributes": attributes} for folder, attributes in chain]
-    write_output(json.dumps(blocks, indent=2) + "\n" if options.json else render_attributes(path, chain))
+    write_output(json.dumps(chain, indent=2) + "\n" if options.json else render_attributes(path, chain))
 
 
-def render_attributes(path: str, chain: Iterable[tuple[str, Mapping[str, str]]]) -> str:
+def render_attributes(path: str, chain: Iterable[Document]) -> str:
     """What --list --attributes prints for the device PATH: per folder in its CHAIN in sysfs, a block of attributes."""
 
     def quoted(literal: str) -> str:
@@ -5896,59 +5754,48 @@ def render_attributes(path: str, chain: Iterable[tuple[str, Mapping[str, str]]])
         r"# resource, containerpath, with and env can use the value of each one, written as \g<attr:serial>.",
         f"- devicematch: '^{quoted(path)[1:-1]}$'",
     ]
-    for folder, attributes in chain:
-        lines += ["", f"  # {printable(folder)}", "  attributes:"]
-        for name, value in attributes.items():
+    for block in chain:
+        lines += ["", f"  # {printable(block['folder'])}", "  attributes:"]
+        for name, value in block["attributes"].items():
             is_plain = re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name) and not _NOT_PLAIN_TEXT.fullmatch(name)
             key = name if is_plain else "'" + name.replace("'", "''") + "'"
             lines.append(f"    {key}: {quoted(value)}")
     return "\n".join(lines) + "\n"
 
 
-def find_overridden(plan: Plan, matcher: Matcher) -> list[tuple[Rule, Device]]:
-    """The rules that name a device without effect, because PLAN offers it under a later rule, with the device, in
-    sorted order."""
-    found = []
+def render_overridden(plan: Plan, matcher: Matcher) -> str:
+    """What --list prints of the devices that rules name without effect, and of the rules that have no effect at all."""
+    overridden = []  # rules, and devices that PLAN offers under a later one
     for device in devices_of(plan):
         named = [rule for rule, match in matcher.find(device.path) if isinstance(match, re.Match)]
         lines = [rule.line for rule in named]
-        found += [(rule, device) for rule in named[lines.index(device.line) + 1 :]]
-    return sorted(found, key=lambda pair: (pair[0].line, pair[1].path))
-
-
-def render_overridden(overridden: Sequence[tuple[Rule, Device]], plan: Plan) -> str:
-    """What --list prints of the devices that rules name without effect, and of the rules that have no effect at all."""
+        overridden += [(rule, device) for rule in named[lines.index(device.line) + 1 :]]
+    overridden.sort(key=lambda pair: (pair[0].line, pair[1].path))
     active = {device.line for device in devices_of(plan)} | {left.line for left in plan.left_out}
     rows = [(rule.line, device_path(device), device.line) for rule, device in overridden]
     winners: dict[tuple[int, str], set[int]] = {}
     for rule, device in overridden:
         if rule.line not in active:
             winners.setdefault((rule.line, rule.pattern), set()).add(device.line)
-    inert = [(*key, ", ".join(map(str, sorted(lines)))) for key, lines in winners.items()]
+    inert = [(*key, ", ".join(map(str, sorted(later)))) for key, later in winners.items()]
     title = "Rules that later rules override for every device that they name"
     text = render_section("Overridden by a later rule", ("LINE", "PATH", "BY LINE"), rows)
     return text + render_section(title, ("LINE", "DEVICEMATCH", "BY LINE"), inert)
 
 
-def show_list(options: argparse.Namespace) -> None:
-    """--list: print what would be offered."""
+def show_list(options: argparse.Namespace, devices: DeviceSide | None = None) -> None:
+    """--list: print what would be offered of DEVICES, which are scanned first if there are none."""
     if options.attributes is not None:
-        show_attributes(options)
-    else:
-        _print_list(scan_once(options), options)
-
-
-def _print_list(devices: DeviceSide, options: argparse.Namespace) -> None:
+        return show_attributes(options)
+    devices = devices or scan_once(options)
     epoch = time.time() - time.monotonic()
     resources = [describe_resource(resource, options.domain, epoch) for resource in devices.plan.resources.values()]
     document = describe_plan(devices.plan, resources, options.domain)
     if options.json:
-        write_output(json.dumps(document, indent=2) + "\n")
-        return
-    overridden = find_overridden(devices.plan, Matcher(devices.conf.rules))
+        return write_output(json.dumps(document, indent=2) + "\n")
+    overridden = render_overridden(devices.plan, Matcher(devices.conf.rules))
     notes = [f"{note}\n" for note in rule_notes(devices.conf.rules, options.domain)]
-    parts = [render_list(document), render_overridden(overridden, devices.plan), *(["\n"] if notes else []), *notes]
-    write_output("".join(parts))
+    write_output("".join([render_list(document), overridden, *(["\n"] if notes else []), *notes]))
 
 
 def show_status(options: argparse.Namespace) -> None:
@@ -5962,8 +5809,7 @@ def show_status(options: argparse.Namespace) -> None:
     except (OSError, UnicodeError, concurrent.futures.TimeoutError) as error:
         raise Problem(
             f"no daemon answers on {where} ({network_error(error)}); give the address of its --listen option as "
-            f"--status ADDRESS:PORT; for a daemon in a pod, first run "
-            f"kubectl -n kube-system port-forward POD {port}"
+            f"--status ADDRESS:PORT; for a daemon in a pod, first run kubectl -n kube-system port-forward POD {port}"
         ) from None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise Problem(f"what answers on {where} is not a smarter-device-manager, or has another version") from None
@@ -5971,11 +5817,10 @@ def show_status(options: argparse.Namespace) -> None:
 
 
 def _fetch_status(address: tuple[str, int]) -> str:
-    """The status document of the status server at ADDRESS; empty if it sends none, cut off if it is too long. Raises
-    OSError, and UnicodeError if there is no such host name."""
+    """The status document of the server at ADDRESS; empty if it sends none. Raises OSError and UnicodeError."""
     with socket.create_connection(address, STATUS_SECONDS) as connection, connection.makefile("rb") as stream:
         connection.sendall(b"GET /status.json HTTP/1.0\r\n\r\n")
-        answer = stream.read(1 << 25)  # which is more than any daemon sends
+        answer = stream.read(1 << 25)  # which is more than any daemon sends; the rest is cut off
     head, _, body = answer.partition(b"\r\n\r\n")
     return body.decode("utf-8", "replace") if head.startswith(b"HTTP/1.1 200 ") else ""
 
@@ -6002,12 +5847,11 @@ def rule_notes(rules: Iterable[Rule], domain: str) -> Iterator[str]:
 
 
 def dry_run(options: argparse.Namespace) -> int:
-    """--dry-run: allocate a slot of each resource of this machine, and print what a container would be given; 1 if that
-    failed for one of them, or if there is none."""
+    """--dry-run: print what a container with a slot of each resource is given; 1 if one fails or there is none."""
     is_dra = options.api == "dra"
     devices = scan_once(options, with_facts=is_dra)
     if not devices.plan.resources:
-        _print_list(devices, options)
+        show_list(options, devices)
         return 1
     load_grpc()  # which says what serving needs
     slots: dict[str, dict[str, Slot]] = {name: {} for name in devices.plan.resources}  # by their names as DRA devices
@@ -6050,14 +5894,6 @@ def _try_slot(slot: Slot, dev_dir: str, is_dra: bool) -> list[str]:
     return lines + [f"{key}={value}" for key, value in sorted(given.env.items())]
 
 
-# Installing: --systemd-unit and --manifest print what stands in the appendix and in daemonset.yaml, with the values of
-# the other options.
-
-HOME_FOLDERS = ("/home/", "/root/", "/run/user/")  # hidden by ProtectHome=, see systemd.exec(5)
-DEFAULT_IMAGE = "docker.io/library/python:3.13-slim"
-DEFAULT_NAMESPACE = "kube-system"
-
-
 def print_systemd_unit(options: argparse.Namespace) -> None:
     """--systemd-unit: print a unit that runs this script with these options, before the node's kubelet."""
     if options.api == "dra":
@@ -6081,8 +5917,8 @@ def print_systemd_unit(options: argparse.Namespace) -> None:
         module=os.path.splitext(name)[0],
         python=_systemd_word(sys.executable),
         plugin_dir=_systemd_word(options.plugin_dir),
-        plugin_dir_argument=_systemd_argument(options.plugin_dir),
-        options="".join(f" {_systemd_argument(option)}" for option in _command_line(given)),
+        plugin_dir_argument=_systemd_word(options.plugin_dir, is_argument=True),
+        options="".join(f" {_systemd_word(option, is_argument=True)}" for option in _command_line(given)),
         network=network,
     )
     write_output(unit)
@@ -6094,15 +5930,10 @@ def _pod_resources_socket(options: argparse.Namespace) -> str:
     return beside if options.pod_resources_socket == DEFAULT_POD_RESOURCES else str(options.pod_resources_socket)
 
 
-def _systemd_word(text: str) -> str:
-    """TEXT as one word in a list of paths, or as the path of a program, in a unit file (systemd.syntax(7))."""
-    text = text.replace("%", "%%")
+def _systemd_word(text: str, is_argument: bool = False) -> str:
+    """TEXT as a path in a unit (systemd.syntax(7)) or an argument, where $ begins a variable (systemd.service(5))."""
+    text = text.replace("%", "%%").replace("$", "$$" if is_argument else "$")
     return text if re.fullmatch(r"[\w@%$+=:,./-]+", text, re.ASCII) else '"' + re.sub(r'["\\]', r"\\\g<0>", text) + '"'
-
-
-def _systemd_argument(text: str) -> str:
-    """TEXT as an argument of a command in a unit file, where $ begins a variable (systemd.service(5))."""
-    return _systemd_word(text.replace("$", "$$"))
 
 
 def _command_line(values: Mapping[str, str]) -> list[str]:
@@ -6162,10 +5993,8 @@ def _manifest_values(options: argparse.Namespace, files: str) -> dict[str, str]:
     """What MANIFEST_EDITS fill in. FILES is all that is in the ConfigMap with the script."""
     host, port = options.listen or ("", 8080)
     if host not in ("", "0.0.0.0", "::") or not port:
-        raise Problem(
-            f"--manifest does not take --listen {options.given['listen']}: the kubelet probes the pod at its own "
-            "address and a fixed port; leave the address out, as in --listen :8080"
-        )
+        probed = "the pod at its own address and a fixed port; leave the address out, as in --listen :8080"
+        raise Problem(f"--manifest does not take --listen {options.given['listen']}: the kubelet probes {probed}")
     image = options.image or DEFAULT_IMAGE
     socket_folder, socket_name = os.path.split(_pod_resources_socket(options))
     arguments = {name: value for name, value in options.given.items() if MANIFEST_OPTIONS[name] == ARGUMENT}
@@ -6216,7 +6045,6 @@ MODES: Mapping[str, tuple[Callable[[argparse.Namespace], int | None], str]] = {
 # because the documentation and other people's scripts rely on them.
 # ---------------------------------------------------------------------------------------------------------------------
 
-OptionReader = Callable[[str], Any]  # of an option's value. Raises ArgumentTypeError
 ENVIRONMENT = "SMARTER_DEVICE_MANAGER_"
 DEFAULT_PLUGIN_DIR = "/var/lib/kubelet/device-plugins"
 
@@ -6299,7 +6127,7 @@ def _add_dra_options(add: Callable[..., None]) -> None:
 
 
 def add_option(
-    group: Any, option: str, metavar: str, read: OptionReader, default: str | None, text: str, *more: str
+    group: Any, option: str, metavar: str, read: Callable[[str], Any], default: str | None, text: str, *more: str
 ) -> None:
     """Add OPTION to GROUP, with MORE names and an environment variable. READ reads its value; TEXT explains it."""
     variable = ENVIRONMENT + option[2:].upper().replace("-", "_")
@@ -6426,12 +6254,9 @@ def run(options: argparse.Namespace) -> int:
 # Appendix: the texts of the status page, and those that --systemd-unit and --manifest print.
 # ---------------------------------------------------------------------------------------------------------------------
 
-_HEAD = """<!doctype html>
-<html lang="en"><head>
-<meta charset="utf-8">
+_HEAD = """<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<noscript><meta http-equiv="refresh" content="5"></noscript>
-<style nonce="{nonce}">
+<noscript><meta http-equiv="refresh" content="5"></noscript><style nonce="{nonce}">
 :root { color-scheme: light dark; --page: light-dark(#f4f5f7, #0f1318); --card: light-dark(#fff, #181d24);
   --text: light-dark(#1b1f24, #e4e8ed); --dim: light-dark(#59636e, #98a3b0); --line: light-dark(#e1e4e8, #2a313a);
   --used: light-dark(#2563c9, #6aa1ff); --full: light-dark(#a85f00, #f0a63a); --good: light-dark(#166a3a, #56d08a);
@@ -6465,8 +6290,7 @@ rect { fill: var(--used); } [width="100%"] { fill: var(--full); }
   tbody { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .4rem 0; }
   tbody + tbody { margin-top: .6rem; } tbody th, td { padding: .2rem 1rem; border: 0; }
   td:empty { display: none; } td[data-name]::before { content: attr(data-name) " "; color: var(--dim); } }
-</style>
-<title>{node}: {verdict}</title>
+</style><title>{node}: {verdict}</title>
 <link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 8 8'%3E%3Ccircle \
 cx='4' cy='4' r='4' fill='{colour}'/%3E%3C/svg%3E">
 </head><body>
@@ -6496,7 +6320,6 @@ status.json</a>, <a href="metrics">metrics</a>, <a href="healthz">healthz</a>, <
 <script nonce="{nonce}">
 const button = document.getElementById("pause"), trouble = document.getElementById("trouble"), period = 5000;
 const mayChange = () => button.textContent == "Pause" && !document.hidden && getSelection().isCollapsed;
-
 function show(page) {
   const focused = document.activeElement.getAttribute("href");
   for (const part of document.querySelectorAll("[data-live]")) {
@@ -6508,7 +6331,6 @@ function show(page) {
   if (focused && document.activeElement == document.body)
     document.querySelector(`[href="${CSS.escape(focused)}"]`)?.focus({ preventScroll: true });
 }
-
 async function refresh() {
   if (mayChange()) try {
     const answer = await fetch(location.pathname, { cache: "no-store", signal: AbortSignal.timeout(period) });
@@ -6522,9 +6344,7 @@ async function refresh() {
 button.onclick = () => button.textContent = button.textContent == "Pause" ? "Resume" : "Pause";
 button.hidden = false;
 setInterval(refresh, period);
-</script>
-</body>
-</html>
+</script></body></html>
 """
 SYSTEMD_UNIT = """\
 # smarter-device-manager on the host, without a container. Printed by its option --systemd-unit.
@@ -6596,8 +6416,7 @@ kind: ConfigMap
 metadata:
   name: {name}
   namespace: {namespace}
-  labels:
-    app.kubernetes.io/name: smarter-device-manager
+  labels: {{app.kubernetes.io/name: smarter-device-manager}}
 data:
 """
 # What --manifest changes in daemonset.yaml, in this order: what a pattern finds, and what stands there then.
@@ -6605,8 +6424,7 @@ MANIFEST_EDITS = {
     r"\A(?:.*\n)*---\n": "",
     "^  namespace: .*": "  namespace: {namespace}",
     "^    spec:\n": """\
-      annotations:
-        smarter-device-manager/script: "{digest}" # another script is another pod
+      annotations: {{smarter-device-manager/script: "{digest}"}} # another script is another pod
 {found}""",
     "^(?: *#.*\n)* *image: smarter-device-manager:.*": """\
           image: {image}
@@ -6634,15 +6452,12 @@ MANIFEST_EDITS = {
             - {{name: TMPDIR, value: /packages}}
 {pip}          securityContext: {{runAsUser: 0, privileged: false, allowPrivilegeEscalation: false,
             readOnlyRootFilesystem: true, capabilities: {{drop: [ALL]}}}}
-          volumeMounts:
-            - {{name: script, mountPath: /app, readOnly: true}}
-            - {{name: packages, mountPath: /packages}}
+          volumeMounts: [{{name: script, mountPath: /app, readOnly: true}}, {{name: packages, mountPath: /packages}}]
 {found}""",
     "^      volumes:\n": """\
             - {{name: script, mountPath: /app, readOnly: true}}
             - {{name: packages, mountPath: /packages, readOnly: true}}
-{found}        - name: script
-          configMap: {{name: smarter-device-manager-script}}
+{found}        - {{name: script, configMap: {{name: smarter-device-manager-script}}}}
         - name: packages # kept, so that a node boots without internet
           hostPath: {{path: {packages}, type: DirectoryOrCreate}}
 """,

@@ -1346,7 +1346,7 @@ WORDS_OF_UNITS = {
 
 @pytest.mark.parametrize("text", WORDS_OF_UNITS)
 def test_quoting_in_a_unit(text: str) -> None:
-    assert sdm._systemd_argument(text) == WORDS_OF_UNITS[text]
+    assert sdm._systemd_word(text, is_argument=True) == WORDS_OF_UNITS[text]
     assert sdm._systemd_word(text) == WORDS_OF_UNITS[text].replace("$$", "$")  # a path, in which $ begins no variable
 
 
@@ -2986,7 +2986,7 @@ FILE_NAMES = st.text(st.characters(exclude_characters="/\0"), min_size=1).filter
 @example({"name": "value"}, "cam\n\x1b\U00018d090")
 def test_what_is_shown_of_attributes_means_just_them(attributes: Mapping[str, str], path: str) -> None:
     telling = {name: value for name, value in attributes.items() if value.isprintable() and name.isprintable()}
-    text = sdm.render_attributes(path, [("/sys/devices/x", telling)] if telling else [])
+    text = sdm.render_attributes(path, [{"folder": "/sys/devices/x", "attributes": telling}] if telling else [])
     (rule,) = sdm.parse_rules(text)
     assert rule.match.search(path) and not rule.match.search(path + "x") and not rule.match.search("x" + path)
     assert {found.name for found in rule.attributes} == set(telling)
@@ -3378,12 +3378,10 @@ def test_what_rules_override(board: Board) -> None:
     matcher = sdm.Matcher(sdm.parse_rules(conf))
     snapshot = snapshot_of(board.tree)
     plan = next_plan(sdm.EMPTY_PLAN, snapshot, matcher, 0.0, str(board.node.sys))
-    found = sdm.find_overridden(plan, matcher)
+    shown = [" ".join(line.split()) for line in sdm.render_overridden(plan, matcher).splitlines()]
     # b lacks the attribute that line 6 puts into a variable, so nobody has it.
-    shown = [f"{rule.line} {device.path} by {device.line}" for rule, device in found]
-    assert shown == ["1 a by 3", "1 c by 6", "2 a by 3", "5 c by 6"]
-    text = sdm.render_overridden(found, plan).partition("for every device that they name:\n")[2]
-    assert [" ".join(line.split()) for line in text.splitlines()[1:]] == ["1 ^[a-c]$ 3, 6", "2 ^[ab]$ 3", "5 ^c$ 6"]
+    assert shown[2:8] == ["LINE PATH BY LINE", "1 /dev/a 3", "1 /dev/c 6", "2 /dev/a 3", "5 /dev/c 6", ""]
+    assert shown[9:] == ["LINE DEVICEMATCH BY LINE", "1 ^[a-c]$ 3, 6", "2 ^[ab]$ 3", "5 ^c$ 6"]
 
 
 def test_a_device_without_its_companions_is_unhealthy_until_they_come() -> None:
@@ -4158,10 +4156,8 @@ def test_a_loose_contact_is_a_line_of_the_log_per_second(node: Node, kubelet: Ku
         kubelet.wait_for("video0", Healthy=1)
 
     def counts() -> list[int]:
-        found = re.findall(
-            r"video0: (?:Unhealthy|Healthy)[^(\n]*(?:\((\d+) changes since its last line\))?", daemon.log
-        )
-        return [int(count or 1) for count in found]
+        pattern = r"video0: (?:Unhealthy|Healthy)[^(\n]*(?:\((\d+) changes since its last line\))?"
+        return [int(count or 1) for count in re.findall(pattern, daemon.log)]
 
     wait_for(lambda: sum(counts()) == 40, lambda: daemon.log)
     assert len(counts()) <= 2 + time.monotonic() - began
@@ -4543,10 +4539,8 @@ def test_only_rules_by_attributes_check_starts(board: Board, node: Node, kubelet
     daemon = start("--interval", "3600", "--listen", "127.0.0.1:0")
     wanted = {"null": (False, False), "zeros": (True, False), "ttyUSB0": (False, True), "sticks": (True, True)}
     wait_ready(kubelet, list(wanted))
-    for name, (has_preference, checks_starts) in wanted.items():
-        options = pb.DevicePluginOptions(
-            get_preferred_allocation_available=has_preference, pre_start_required=checks_starts
-        )
+    for name, (prefers, checks) in wanted.items():
+        options = pb.DevicePluginOptions(get_preferred_allocation_available=prefers, pre_start_required=checks)
         requests = [request for _, request in kubelet.requests if request.resource_name == kubelet.name(name)]
         assert [request.options for request in requests] == [kubelet.client(name).options] == [options], name
     kubelet.starts("ttyUSB0", "0")
@@ -4823,11 +4817,9 @@ def test_a_driver_that_keeps_a_reader_delays_nobody(board: Board, node: Node, ku
     plug_stick(board, "ttyUSB0", "A1")
     plug_stick(board, "ttyUSB1", "A2", "1-1.2")
     node.rules(STICK_POOL + "- devicematch: ^null$\n")
-    patch = HANGING_SYSFS.format(flag=str(flag), stuck=str(stuck)).replace(
-        "if os.path.exists", "if '1-1.2' in folder and os.path.exists"
-    )
+    patch = HANGING_SYSFS.replace("if os.path.exists", "if '1-1.2' in folder and os.path.exists")
     flag.touch()
-    daemon = start("--listen", "127.0.0.1:0", fault=patch)
+    daemon = start("--listen", "127.0.0.1:0", fault=patch.format(flag=str(flag), stuck=str(stuck)))
     kubelet.wait_for("sticks", Healthy=1)
     daemon.says("left out: sysfs does not answer, so its attributes cannot be read devices=/dev/ttyUSB1")
     status = Status(daemon)
@@ -5399,9 +5391,8 @@ def test_no_change_in_dev_is_lost(node: Node, kubelet: Kubelet, start: Starter) 
         found = {str(path.relative_to(node.dev)) for path in node.dev.rglob("[0-9]")}
 
         def is_seen(found: set[str] = found) -> bool:
-            return {
-                slot.rpartition(":")[0] for slot, health in kubelet.health("pool").items() if health == "Healthy"
-            } == found
+            healthy = {slot for slot, health in kubelet.health("pool").items() if health == "Healthy"}
+            return {slot.rpartition(":")[0] for slot in healthy} == found
 
         wait_for(is_seen, lambda found=found: f"{found}; kubelet has {dict(kubelet.health('pool'))}", patience=3.0)
 
@@ -5582,10 +5573,8 @@ def test_a_handover_is_a_moment_without_a_stream(node: Node, kubelet: Kubelet, s
     wait_ready(kubelet, names)
     assert first.process.wait(PATIENCE) == (0 if signum == signal.SIGTERM else -signum)
     settle(second)
-    gaps = [
-        longest_gap([(opened, client.closed_at) for opened, client in kubelet.streams[kubelet.name(name)]])
-        for name in names
-    ]
+    streams = [kubelet.streams[kubelet.name(name)] for name in names]
+    gaps = [longest_gap([(opened, client.closed_at) for opened, client in each]) for each in streams]
     print(f"longest without a stream: {max(gaps):.3f} s")
     assert 0 < max(gaps) < 1.5
     assert [kubelet.count(name) for name in names] == [2] * 20  # none was registered in vain
@@ -5621,9 +5610,8 @@ def test_readyz_counts_what_another_instance_serves(kubelet: Kubelet, start: Sta
     first = serve("null", "zero")
     status = Status(start("--listen", "127.0.0.1:0"))
     names = ["smarter-devices/null", "smarter-devices/zero"]
-    assert status.wait_for("/readyz", 200).body == "".join(
-        ["ok\n", *(f"{name}: {sdm.OTHER_INSTANCE}\n" for name in names)]
-    )
+    others = "".join(f"{name}: {sdm.OTHER_INSTANCE}\n" for name in names)
+    assert status.wait_for("/readyz", 200).body == f"ok\n{others}"
     assert [status.metrics()["registered", name] for name in names] == [0, 0]
     assert status.resource("null")["served_by_other"] and not status.resource("null")["ready"]
     assert status.document()["ready"], "one truth for /readyz and /status.json"
@@ -7857,8 +7845,7 @@ def test_a_second_instance_waits_and_takes_over(camera: Cluster, start: Starter)
     assert len(camera.api.calls) > count
     assert second.log.count("another instance") == 1
     assert second.stop() == 0
-    left = [path.name for path in Path(camera.kubelet.folder).rglob("*") if path.is_socket()]
-    assert left == []
+    assert not [path.name for path in Path(camera.kubelet.folder).rglob("*") if path.is_socket()]
 
 
 def test_a_kubelet_that_refuses_is_told_of(camera: Cluster, start: Starter) -> None:
@@ -8075,8 +8062,7 @@ def test_holders_are_those_of_our_domain() -> None:
 def described(resource: sdm.Resource, *slots: str) -> sdm.Document:
     """RESOURCE as the document has it, while a container has SLOTS of it."""
     use = sdm.describe_use(resource, {resource.name: [sdm.Holder(slot, "default", "pod", "main") for slot in slots]})
-    state = {"ready": False, "trouble": sdm.unready_text("")}
-    return {**sdm.describe_resource(resource, "smarter-devices", 0.0), **state, **use}
+    return sdm.describe_resource(resource, "smarter-devices", 0.0, ready=False, trouble=sdm.unready_text(""), **use)
 
 
 def test_each_slot_in_use_counts_once() -> None:
@@ -8121,8 +8107,8 @@ def test_what_is_wrong_with_many_devices_that_many_hold_is_found_in_time() -> No
     held = [sdm.Holder(f"{name}:{slot}", "default", f"pod-{slot}", "main") for name in names for slot in range(10)]
     use = sdm.describe_use(gone, {gone.name: held})
     document = {
-        "threads": [], "kubelet": {"answering": True}, "conf": {"error": ""}, "dev_problem": "", "dra": None,
-        "resources": [{**described(gone), **use}],
+        "threads": [], "kubelet": {"answering": True}, "conf": {"error": "", "read_at": ""}, "dev_problem": "",
+        "dra": None, "resources": [{**described(gone), **use}],
     }  # fmt: skip
     begin = time.process_time()
     (problem, *others) = sdm.find_problems(document).items()
@@ -8922,9 +8908,8 @@ def hostile_document() -> dict[str, Any]:
     use = sdm.describe_use(resource, {word: [sdm.Holder(f"{word}:{slot}", word, word, word) for slot in range(3)]})
     state = {**sdm.NOT_REGISTERED, "trouble": word}
     stamp = {"time": sdm.utc(1e9), "level": "info"}
-    dra = dict.fromkeys(
-        ("slices", "slice_devices", "published_at_seconds", "api_reachable", "claims_prepared", "prepare_errors"), 1
-    )
+    counts = "slices slice_devices published_at_seconds api_reachable claims_prepared prepare_errors"
+    dra = dict.fromkeys(counts.split(), 1)
     return {
         **dict.fromkeys(("smarter_device_manager", "node", "domain", "dev_problem"), word),
         **stamp,
@@ -8936,10 +8921,8 @@ def hostile_document() -> dict[str, Any]:
             {**stamp, **dict.fromkeys(("event", "message", "resource", "more"), "")},
             {**stamp, "event": "e", "message": word, "more": word + "!"},
         ],
-        "conf": {
-            "path": word, "rules": 1, "error": word, "read_at": sdm.utc(1e9), "read_at_seconds": 1e9,
-            "reloads": 1, "failed_reloads": 1,
-        },
+        "conf": {"path": word, "error": word, "read_at": sdm.utc(1e9), "read_at_seconds": 1e9,
+                 "rules": 1, "reloads": 1, "failed_reloads": 1},
         "scan_seconds": 0.1,
         "problems": [word],
         **sdm.describe_plan(plan, [{**sdm.describe_resource(resource, word, 1e9), **state, **use}], word),
@@ -9159,9 +9142,8 @@ def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
     if npm is None:
         pytest.skip("npm is not installed (apt-get install npm)")
     folder = tmp_path_factory.mktemp("axe")
-    run = subprocess.run(
-        [npm, "pack", "--silent", "axe-core@4"], cwd=folder, capture_output=True, text=True, check=False
-    )
+    command = [npm, "pack", "--silent", "axe-core@4"]
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if run.returncode:
         pytest.skip(f"npm cannot fetch axe-core: {run.stderr.strip()[-200:]}")
     with tarfile.open(next(folder.glob("axe-core-*.tgz"))) as archive:
