@@ -5447,8 +5447,7 @@ class KubeletThread(threading.Thread):
                 problem = f"the directory {folder} was deleted, and only this mount keeps it"
             if now.endswith("//deleted") or now != self._mounted[folder]:
                 raise Problem(f"{problem}; exiting, so that the next start finds the one that is used now")
-        identity = socket_identity(self._side.plugin_dir) or ()
-        before, self._directory = self._directory, identity[:2]  # not its time: files come and go
+        before, self._directory = self._directory, (socket_identity(self._side.plugin_dir) or ())[:2]  # not the time
         if self._directory != before:
             self.look()
 
@@ -5610,7 +5609,7 @@ def follow_devices(devices: DeviceSide, thread: KubeletThread, manager: ServiceM
 
 def _take_signal(due: float, rested: float, thread: KubeletThread, manager: ServiceManager) -> int:
     """Wait until DUE for one of SIGNALS; that one, otherwise FOLDER_SIGNAL if it came, otherwise 0.
-    FOLDER_SIGNAL brings DUE forward, but not before RESTED. Meanwhile, SIGIO makes THREAD look, and MANAGER is pinged."""
+    FOLDER_SIGNAL brings DUE forward, but not before RESTED. Meanwhile, SIGIO makes THREAD look; MANAGER is pinged."""
     awaited = set(BLOCKED_SIGNALS)
     folder_signal = 0
     while True:
