@@ -2935,8 +2935,8 @@ class KubeletConnection:
         """Whether the kubelet answers at this moment; and notice if it is another one."""
         identity = socket_identity(self._path)
         error = connect_error(self._path)
-        what = "is not there: no" if identity is None else "does not answer on"
-        problem = f"the kubelet {what} {self._path}; waiting for it" if error or identity is None else ""
+        what = "the kubelet is not there: no" if identity is None else "the kubelet does not answer on"
+        problem = f"{what} {self._path}; waiting for it" if error or identity is None else ""
         is_met = not problem and not (self.is_answering and identity == self.identity)
         self.identity, self.is_answering = identity, not problem
         if is_met or problem != board.get(self._path):
