@@ -1919,6 +1919,7 @@ def _parts(path: str, rule: Rule, match: re.Match[str], values: Values) -> Itera
 def specs_of(device: Device, tree: Tree, dev_dir: str) -> list[DeviceSpec]:
     """What a container with DEVICE is given, according to TREE. Raises NotADevice, which names what is missing."""
     specs: list[DeviceSpec] = []
+    given: dict[str, str] = {}
     for part in device.parts:
         try:
             nodes = resolve(tree, part.path, dev_dir)
@@ -1931,13 +1932,13 @@ def specs_of(device: Device, tree: Tree, dev_dir: str) -> list[DeviceSpec]:
         if part.path == device.path and device.chosen_by and not device.has_nodes(nodes):
             raise NotADevice(Reason.SWAPPED)
         places = tuple((f"/dev/{node.path}", part.container + node.suffix) for node in nodes)
-        _add_spec(specs, DeviceSpec(f"/dev/{part.path}", part.container, part.permissions, places))
+        _add_spec(specs, given, DeviceSpec(f"/dev/{part.path}", part.container, part.permissions, places))
     return specs
 
 
-def _add_spec(specs: list[DeviceSpec], spec: DeviceSpec) -> None:
-    """Add SPEC to SPECS unless all its nodes are there. Raises NotADevice if two have the same path in a container."""
-    given = {container: host for other in specs for host, container in other.nodes}
+def _add_spec(specs: list[DeviceSpec], given: dict[str, str], spec: DeviceSpec) -> None:
+    """Add SPEC to SPECS unless all its nodes are GIVEN (host paths by path in the container). Raises NotADevice if two
+    nodes, or two folders, would have the same path in the container."""
     for host, container in spec.nodes:
         if given.get(container, host) != host:
             raise NotADevice(Reason.SAME_PLACE, one=given[container], other=host, path=container)
@@ -1947,6 +1948,7 @@ def _add_spec(specs: list[DeviceSpec], spec: DeviceSpec) -> None:
         if other.container == spec.container:  # the kubelet would drop the second one
             raise NotADevice(Reason.SAME_PLACE, one=other.host, other=spec.host, path=spec.container)
     specs.append(spec)
+    given.update((container, host) for host, container in spec.nodes)
 
 
 def find_shared(plan: Plan) -> Mapping[str, Sequence[tuple[str, Device]]]:
@@ -2016,6 +2018,7 @@ def allocate(resource: Resource, slot_ids: Iterable[str], tree: Tree, dev_dir: s
             raise AllocationError("INVALID_ARGUMENT", f'no device ID "{slot_id[:MAX_SHOWN]}"')
         chosen[slot.device.path] = slot.device
     specs: list[DeviceSpec] = []
+    given: dict[str, str] = {}
     env: dict[str, dict[str, None]] = {}  # values in order, each once
     for path, device in sorted(chosen.items()):
         if device.problem and (device.chosen_by or not device.nodes):
@@ -2025,7 +2028,7 @@ def allocate(resource: Resource, slot_ids: Iterable[str], tree: Tree, dev_dir: s
             found = specs_of(device, tree, dev_dir)
             code, place = "FAILED_PRECONDITION", ""  # each could be given alone
             for spec in found:
-                _add_spec(specs, spec)
+                _add_spec(specs, given, spec)
         except NotADevice as error:
             raise AllocationError(code, f"{place}{error}") from None
         for name, value in device.env.items():
