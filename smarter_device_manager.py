@@ -112,15 +112,11 @@ def _plain_pattern(stop: str) -> re.Pattern[str]:
 
 _BLOCK_PLAIN = _plain_pattern("")
 _FLOW_PLAIN = _plain_pattern(r",?\[\]{}")
-_QUOTED = {  # up to the closing quote, if there is one
-    "'": re.compile(r"'(?:[^'\n]|'')*"),
-    '"': re.compile(r'"(?:[^"\\\n]|\\[^\n])*'),
-}
+_QUOTED = {"'": re.compile(r"'(?:[^'\n]|'')*"), '"': re.compile(r'"(?:[^"\\\n]|\\[^\n])*')}  # up to the closing quote
 _ESCAPE = re.compile(r"\\(?:x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|U([0-9A-Fa-f]{8})|(.))")
 _ESCAPES = dict(zip('0abt\tnvfre "\\/N_LP', '\0\a\b\t\t\n\v\f\r\x1b "\\/\x85\xa0\u2028\u2029'))
 
 _CONSTANTS = {"true": True, "false": False, "null": None, "~": None}
-_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 # What some YAML reader (of version 1.1 or 1.2; PyYAML, Go, Ruby, JavaScript) takes for something other than text.
 _NOT_PLAIN_TEXT = re.compile(
     r"""[-+]?[0-9][0-9_,]*(?::[0-9_]+)*(?:\.[0-9_,]*)?(?:e[-+]?[0-9]+)?  # 0042 1_000 12:30 1.5 1e3
@@ -151,11 +147,8 @@ class ConfigError(ValueError):
     """What is wrong with the config file and what to write instead; line and column count from 1."""
 
     def __init__(self, message: str, line: int, column: int) -> None:
-        super().__init__(message, line, column)
+        super().__init__(f"line {line}, column {column}: {message}")
         self.message, self.line, self.column = message, line, column
-
-    def __str__(self) -> str:
-        return f"line {self.line}, column {self.column}: {self.message}"
 
 
 class Node(NamedTuple):
@@ -166,16 +159,14 @@ class Node(NamedTuple):
     column: int
 
     def error(self, message: str) -> ConfigError:
-        """What is wrong with it."""
         return ConfigError(message, self.line, self.column)
 
 
 class YamlParser:
     """document() parses a text into nodes with their places, or raises ConfigError.
 
-    One method per rule of the grammar. Each one parses from self.pos on and leaves self.pos after what it parsed.
-    Methods for block style stop at the next token, whose column says which collection goes on; the others stop right
-    after their last character. depth is the level of nesting.
+    Each method parses from self.pos on. Those for block style leave self.pos at the next token, whose column says which
+    collection goes on; the others leave it right after their last character. depth is the level of nesting.
     """
 
     def __init__(self, text: str) -> None:
@@ -186,8 +177,6 @@ class YamlParser:
         bad = _BAD_CHARACTER.search(self.text, 0, len(self.text) - len(_END))
         if bad:
             self.fail(f"the character U+{ord(bad[0]):04X} is not allowed: remove it, save as UTF-8", bad.start())
-
-    # -- places ------------------------------------------------------------------------------------
 
     def char(self) -> str:
         return self.text[self.pos]
@@ -232,7 +221,10 @@ class YamlParser:
             return Node(None, 1, 1)
         node = self.block_node(depth=1)
         if self.char() != _END:
-            self.misplaced()
+            self.fail(
+                "this belongs to none of the lists and mappings above: check its indentation, and that each key above "
+                "has a space after its ':'; a text must be on one line"
+            )
         return node
 
     def block_node(self, depth: int) -> Node:
@@ -255,8 +247,6 @@ class YamlParser:
             empty = self.node(None, self.pos)
             self.skip()
             items.append(self.block_node(depth + 1) if self.indent() > indent else empty)
-        if self.indent() > indent:
-            self.misplaced()
         return self.node(items, start)
 
     def block_mapping(self, depth: int) -> Node:
@@ -266,8 +256,6 @@ class YamlParser:
         while self.indent() == indent:
             key = self.key(depth, _BLOCK_PLAIN, _BLOCK_COLON, pairs)
             pairs[key.value] = key, self.block_value(depth + 1, indent)
-        if self.indent() > indent:
-            self.misplaced()
         return self.node(pairs, start)
 
     def block_value(self, depth: int, indent: int) -> Node:
@@ -284,17 +272,10 @@ class YamlParser:
         return empty
 
     def end_line(self) -> None:
-        if self.skip():
-            return
-        if self.char() == ":":
-            self.fail("a second ': ' on the line: quote the text that contains it")
-        self.fail("only a comment may follow here: quote the whole text, or start a new line")
-
-    def misplaced(self) -> NoReturn:
-        self.fail(
-            "this belongs to none of the lists and mappings above: check its indentation, and that each key above "
-            "has a space after its ':'; a text must be on one line"
-        )
+        if not self.skip():
+            if self.char() == ":":
+                self.fail("a second ': ' on the line: quote the text that contains it")
+            self.fail("only a comment may follow here: quote the whole text, or start a new line")
 
     def check_depth(self, depth: int) -> None:
         if depth > _MAX_DEPTH:
@@ -328,8 +309,7 @@ class YamlParser:
 
     def flow_list(self, depth: int) -> Node:
         start = self.pos
-        items = [self.flow_node(depth + 1) for _ in self.flow_entries(depth, "]")]
-        return self.node(items, start)
+        return self.node([self.flow_node(depth + 1) for _ in self.flow_entries(depth, "]")], start)
 
     def flow_mapping(self, depth: int) -> Node:
         start = self.pos
@@ -370,7 +350,7 @@ class YamlParser:
         text, self.pos = match[0], match.end()
         if text in _CONSTANTS:
             return self.node(_CONSTANTS[text], start)
-        if _INTEGER.fullmatch(text):
+        if re.fullmatch(r"0|-?[1-9][0-9]{0,17}", text):
             return self.node(int(text), start)
         number = re.fullmatch(r"[+]?0*([0-9]{1,18})(?:\.[0-9]*)?", text, re.ASCII)
         if number:
@@ -433,9 +413,8 @@ class SearchTimeout(Exception):
 class _Alarm:
     """Interrupts work that takes too long, with an exception that a signal handler raises. For the main thread only.
 
-    Python runs signal handlers in the main thread, between two steps of its own code or of re's; so it must be safe to
-    interrupt the work anywhere. The signal is SIGPROF, whose timer counts CPU time: a search does not take too long
-    because the machine is busy with something else.
+    It must be safe to interrupt the work anywhere, between two steps of Python's own code or of re's. The signal is
+    SIGPROF, whose timer counts CPU time: a search does not take too long because the machine is busy.
     """
 
     RING_SECONDS = 0.01  # between two signals once the time is up: Python drops an exception raised in a finalizer
@@ -467,7 +446,7 @@ class Expression:
     """An expression of RE2, searched with Python's re within a limit of CPU time. For the main thread only.
 
     A search keeps all other threads waiting. One that reaches the limit then lets them run for as long as it took, and
-    is not tried again with the same text.
+    is not tried again with the same text. Raises ExpressionError if the pattern is not one.
     """
 
     MAX_SLOW_TEXTS = 1000  # with more, all but the newest are forgotten
@@ -475,7 +454,6 @@ class Expression:
     were_slow = False  # whether searches for several expressions took too long together: then each gets its own limit
 
     def __init__(self, pattern: str) -> None:
-        """Raises ExpressionError."""
         self.pattern = pattern
         try:
             translator = _Translator(pattern)
@@ -514,23 +492,9 @@ def search_all(expressions: Sequence[Expression], text: str) -> Sequence[re.Matc
 
 
 # The translation. A class is written as in a Python [class].
-
-_POSIX_CLASSES = {
-    "alnum": "0-9A-Za-z",
-    "alpha": "A-Za-z",
-    "ascii": r"\x00-\x7f",
-    "blank": r"\t\x20",
-    "cntrl": r"\x00-\x1f\x7f",
-    "digit": "0-9",
-    "graph": "!-~",
-    "lower": "a-z",
-    "print": r"\x20-~",
-    "punct": r"!-/:-@\[-`{-~",
-    "space": r"\t-\r\x20",
-    "upper": "A-Z",
-    "word": "0-9A-Z_a-z",
-    "xdigit": "0-9A-Fa-f",
-}
+_POSIX = r"""alnum=0-9A-Za-z alpha=A-Za-z ascii=\x00-\x7f blank=\t\x20 cntrl=\x00-\x1f\x7f digit=0-9 graph=!-~
+    lower=a-z print=\x20-~ punct=!-/:-@\[-`{-~ space=\t-\r\x20 upper=A-Z word=0-9A-Z_a-z xdigit=0-9A-Fa-f"""
+_POSIX_CLASSES = dict(pair.split("=") for pair in _POSIX.split())
 _PERL_CLASSES = {r"\d": "0-9", r"\s": r"\t\n\f\r\x20", r"\w": "0-9A-Z_a-z"}  # RE2's \s does not have the vertical tab
 _NAMED_CLASS = re.compile(r"\[:(?P<not>\^?)(?P<posix>.*?):\]|\\[dDsSwW]", re.DOTALL)
 _RANGE_DASH = re.compile(r"-(?=[^\]])")
@@ -713,8 +677,8 @@ class _Translator:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rules: from the text of a config file to checked rules. A new key takes one more field of Rule, with its reader. The
-# chapters below rely on every Rule being valid: expanding its templates cannot fail.
+# Rules: from the text of a config file to checked rules. A new key takes its name in _KEYS, a field of Rule, and a
+# reader. The chapters below rely on every Rule being valid: expanding its templates cannot fail.
 # ---------------------------------------------------------------------------------------------------------------------
 
 CONF_BYTES = 1 << 20  # the most that a ConfigMap can hold
@@ -722,6 +686,9 @@ DEFAULT_DOMAIN = "smarter-devices"
 MAX_SLOTS = 10_000
 PARSE_SECONDS = 20.0  # of CPU time that the config file may take; one of 1 MiB takes 4 s, most a millisecond
 TEGRA = "nvidia-gpu"  # a devicematch with exactly this text means the GPUs of a Tegra board, which have no node in /dev
+_KEYS = ("devicematch", "nummaxdevices", "resource", "containerpath", "permissions", "attributes", "with", "env")
+_COMPANION_KEYS = ("path", "containerpath", "optional", "permissions")
+_FIELDS = {"devicematch": "pattern", "nummaxdevices": "slots", "with": "companions", "path": "template"}  # else the key
 
 
 class Companion(NamedTuple):
@@ -746,7 +713,7 @@ class Attribute(NamedTuple):
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule of the config file. _KEYS has the key of each field."""
+    """A rule of the config file. The field for each of _KEYS has the name of the key, or that in _FIELDS."""
 
     line: int  # of the config file
     match: Expression  # searched for in a path below /dev
@@ -790,9 +757,6 @@ def expand(template: str, match: re.Match[str], values: Mapping[str, str]) -> st
     return _REFERENCE.sub(replacement, template)
 
 
-# Readers: from a node of the config file to a field of Rule or Companion. Each raises ConfigError at the node's place.
-
-
 def _wrong(node: Node, expected: str) -> ConfigError:
     value = node.value
     kinds = {bool: "true or false", int: "a number", str: "a text", list: "a list", dict: "a mapping"}
@@ -826,14 +790,14 @@ def _check_attribute(name: str, node: Node) -> None:
 
 
 class _RuleReader:
-    """The readers for one rule, in the order of _KEYS: those of templates need what devicematch has set."""
+    """Reads one rule. read_KEY(node) returns the field for KEY, or raises ConfigError at the node's place."""
 
     match: Expression  # of the rule
 
     def __init__(self) -> None:
         self.values: dict[str, None] = {}  # the attributes in its templates
 
-    def fields(self, node: Node, keys: _Keys, missing: str) -> dict[str, Any]:
+    def fields(self, node: Node, keys: Sequence[str], missing: str) -> dict[str, Any]:
         """The fields in the mapping NODE. The first of KEYS is required; MISSING says so."""
         for key, (place, _) in node.value.items():
             if key not in keys:
@@ -842,15 +806,16 @@ class _RuleReader:
                 near = difflib.get_close_matches(key.lower(), keys, 1)
                 advice = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(keys)}"
                 raise place.error(f"unknown key {_shown(key)}; {advice}")
-        if next(iter(keys)) not in node.value:
+        if keys[0] not in node.value:
             raise node.error(missing)
-        return {field: read(self, node.value[key][1]) for key, (field, read) in keys.items() if key in node.value}
+        found = [key for key in keys if key in node.value]  # in the order of KEYS: templates need read_devicematch()
+        return {_FIELDS.get(key, key): getattr(self, f"read_{key}")(node.value[key][1]) for key in found}
 
-    def devicematch(self, node: Node) -> str:
+    def read_devicematch(self, node: Node) -> str:
         self.match = Expression(f"^{TEGRA}([0-9]+)$") if node.value == TEGRA else _compile(node)
         return _text(node)
 
-    def slots(self, node: Node) -> int:
+    def read_nummaxdevices(self, node: Node) -> int:
         if type(node.value) is not int:
             raise _wrong(node, "a whole number of slots")
         if not 0 <= node.value <= MAX_SLOTS:
@@ -879,7 +844,7 @@ class _RuleReader:
                 raise node.error(f"{_shown(text)}: devicematch has no group {reference[0]}")
         return text
 
-    def resource(self, node: Node) -> str:
+    def read_resource(self, node: Node) -> str:
         text = self.template(node)
         domain, slash, _ = _REFERENCE.sub(lambda found: "_" * len(found[0]), text).partition("/")
         if slash and (domain == DEFAULT_DOMAIN or "." in domain):
@@ -887,7 +852,7 @@ class _RuleReader:
             raise node.error(f"{_shown(text)} must not have the domain, which --domain sets: write {name}")
         return text
 
-    def containerpath(self, node: Node) -> str:
+    def read_containerpath(self, node: Node) -> str:
         text = self.template(node)
         if not text.startswith("/dev/"):
             raise node.error(f"{_shown(text)} must be an absolute path under /dev/")
@@ -895,19 +860,19 @@ class _RuleReader:
             raise node.error(f'{_shown(text)} must not have a ".."')
         return text
 
-    def permissions(self, node: Node) -> str:
+    def read_permissions(self, node: Node) -> str:
         text = _text(node)
         if not text or not set(text) <= set("rwm") or len(set(text)) < len(text):
             raise node.error(f"{_shown(text)} must be letters of r, w and m, each once")
         return "".join(letter for letter in "rwm" if letter in text)
 
-    def attributes(self, node: Node) -> tuple[Attribute, ...]:
+    def read_attributes(self, node: Node) -> tuple[Attribute, ...]:
         _expect(node, dict, 'a mapping of attributes, such as idVendor: "10c4"')
         for name, (place, _) in node.value.items():
             _check_attribute(name, place)
         return tuple(Attribute(name, _compile(value)) for name, (_, value) in node.value.items())
 
-    def companions(self, node: Node) -> tuple[Companion, ...]:
+    def read_with(self, node: Node) -> tuple[Companion, ...]:
         _expect(node, list, r'a list of paths below /dev, such as ["snd/controlC\1"]')
         return tuple(self.companion(item) for item in node.value)
 
@@ -919,9 +884,9 @@ class _RuleReader:
         if isinstance(node.value, (dict, list)):
             raise _wrong(node, "a path below /dev, or a mapping with it")
         text = _text(node)
-        return Companion(self.path(node._replace(value=text.removesuffix("?"))), optional=text.endswith("?"))
+        return Companion(self.read_path(node._replace(value=text.removesuffix("?"))), optional=text.endswith("?"))
 
-    def path(self, node: Node) -> str:
+    def read_path(self, node: Node) -> str:
         text = self.template(node)
         if text.endswith("?"):
             raise node.error(f'{_shown(text)}: write optional: true instead of the "?"')
@@ -929,36 +894,17 @@ class _RuleReader:
             raise node.error(f"{_shown(text)} must be a path below /dev, such as snd/controlC0")
         return text
 
-    def optional(self, node: Node) -> bool:
+    def read_optional(self, node: Node) -> bool:
         if not isinstance(node.value, bool):
             raise _wrong(node, "true or false")
         return node.value
 
-    def env(self, node: Node) -> tuple[tuple[str, str], ...]:
+    def read_env(self, node: Node) -> tuple[tuple[str, str], ...]:
         _expect(node, dict, r"a mapping of variables, such as CAMERA: /dev/\g<0>")
         for name, (place, _) in node.value.items():
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
                 raise place.error(f"{_shown(name)} is not a name for a variable")
         return tuple((name, self.any_template(value)) for name, (_, value) in node.value.items())
-
-
-_Keys = Mapping[str, "tuple[str, Callable[[_RuleReader, Node], Any]]"]  # by key: the field, and its reader
-_KEYS: _Keys = {
-    "devicematch": ("pattern", _RuleReader.devicematch),
-    "nummaxdevices": ("slots", _RuleReader.slots),
-    "resource": ("resource", _RuleReader.resource),
-    "containerpath": ("containerpath", _RuleReader.containerpath),
-    "permissions": ("permissions", _RuleReader.permissions),
-    "attributes": ("attributes", _RuleReader.attributes),
-    "with": ("companions", _RuleReader.companions),
-    "env": ("env", _RuleReader.env),
-}
-_COMPANION_KEYS: _Keys = {
-    "path": ("template", _RuleReader.path),
-    "containerpath": ("containerpath", _RuleReader.containerpath),
-    "optional": ("optional", _RuleReader.optional),
-    "permissions": ("permissions", _RuleReader.permissions),
-}
 
 
 def parse_rules(text: str) -> tuple[Rule, ...]:
@@ -995,8 +941,7 @@ def resource_name(text: str) -> str:
 
     The kubelet accepts names of up to 63 characters of A-Za-z0-9-_. that begin and end with a letter or digit.
     """
-    name = re.sub(r"[^A-Za-z0-9_-]", "_", text).strip("_-")
-    return shorten(name, 63, text)
+    return shorten(re.sub(r"[^A-Za-z0-9_-]", "_", text).strip("_-"), 63, text)
 
 
 def shorten(name: str, limit: int, text: str) -> str:
@@ -1029,26 +974,19 @@ def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-# The rules without a config file are those of conf.yaml: pattern and slots of each; a test compares them.
-DEFAULT_RULES = (
-    ("^snd$", 20),
-    ("^gpiomem[0-9]*$", 40),
-    ("^gpiochip[0-9]*$", 20),
-    ("^hci[0-9]*$", 1),
-    ("^i2c-[0-9]*$", 1),
-    (r"^spidev[0-9]*\.[0-9]*$", 1),
-    ("^rtc0$", 20),
-    ("^video[0-9]*$", 20),
-    ("^vchiq$", 20),
-    ("^vcsm.*$", 20),
-    ("^ttyUSB[0-9]*$", 1),
-    ("^ttyACM[0-9]*$", 1),
-    ("^ttyTHS[0-9]*$", 1),
-    ("^ttyS[0-9]*$", 1),
-    ("^ttyAMA[0-9]*$", 1),
-    ("nvidia-gpu", 10),
+# The rules without a config file are those of conf.yaml, in its order: slots and patterns; a test compares them.
+_DEFAULTS = (
+    (20, "^snd$"),
+    (40, "^gpiomem[0-9]*$"),
+    (20, "^gpiochip[0-9]*$"),
+    (1, r"^hci[0-9]*$ ^i2c-[0-9]*$ ^spidev[0-9]*\.[0-9]*$"),
+    (20, "^rtc0$ ^video[0-9]*$ ^vchiq$ ^vcsm.*$"),
+    (1, "^ttyUSB[0-9]*$ ^ttyACM[0-9]*$ ^ttyTHS[0-9]*$ ^ttyS[0-9]*$ ^ttyAMA[0-9]*$"),
+    (10, TEGRA),
 )
-DEFAULT_CONF = "".join(f"- devicematch: {pattern}\n  nummaxdevices: {slots}\n" for pattern, slots in DEFAULT_RULES)
+DEFAULT_CONF = "".join(
+    f"- devicematch: {pattern}\n  nummaxdevices: {slots}\n" for slots, row in _DEFAULTS for pattern in row.split()
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
