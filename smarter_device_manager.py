@@ -1004,11 +1004,10 @@ SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of these, an error does n
 SYSFS_HANGS = "sysfs does not answer"
 NO_ATTRIBUTES_YET = f"{SYSFS_HANGS}, so its attributes cannot be read"
 USB_FACTS = ("idVendor", "idProduct", "serial", "manufacturer", "product")  # of a USB device, for DRA
-MAX_LINKS = 40  # that one path may lead through, as in path_resolution(7)
-# By the letter of ls(1).
-_KINDS = {"c": CHAR, "b": BLOCK, "d": FOLDER, "l": LINK, "-": "plain file", "s": "socket", "p": "FIFO"}
+_KINDS = {"c": CHAR, "b": BLOCK, "d": FOLDER, "l": LINK, "-": "plain file", "s": "socket", "p": "FIFO"}  # as in ls(1)
 
 Tree = Union["Snapshot", "LiveTree"]  # what resolve() walks over
+Times = dict[str, tuple[int, int]]  # st_mtime_ns and st_ctime_ns, by name
 Names = tuple[str, ...]  # of sysfs attributes
 Values = Mapping[str, str]  # of sysfs attributes, by name
 Chain = Sequence[Values]  # what sysfs says of a device: the attributes in its own folder first, then its parents'
@@ -1094,13 +1093,9 @@ class Snapshot:
 
 
 def resolve(tree: Tree, path: str, dev_dir: str) -> list[DeviceNode]:
-    """The nodes that PATH stands for, in sorted order: PATH itself, the node a link leads to, or all nodes in a folder
-    and its subfolders, in which links are not followed.
-
-    Links are followed inside /dev only. Only root can have made the names on the way and in the folder, so nobody else
-    can make PATH lead elsewhere later; and the container runtime, which walks the folder by itself, finds no nodes of
-    another file system there. Raises NotADevice.
-    """
+    """The nodes that PATH stands for, sorted: PATH, the node a link leads to in /dev, or all nodes below a folder, in
+    which links are not followed. Only root can have made the names on the way and in the folder, so nobody else can
+    make PATH lead elsewhere later; and a runtime that walks the folder finds no other nodes. Raises NotADevice."""
     top = _real_path(tree, path, dev_dir)
     if not top:
         raise NotADevice(Reason.LINK_TO_DEV)
@@ -1153,7 +1148,7 @@ def _real_path(tree: Tree, path: str, dev_dir: str) -> str:
             done.append(name)
             continue
         links += 1
-        if links > MAX_LINKS:
+        if links > 40:  # as in path_resolution(7)
             raise NotADevice(Reason.LINK_CIRCLE)
         target = entry.target
         if target.startswith("/"):
@@ -1167,12 +1162,9 @@ def _real_path(tree: Tree, path: str, dev_dir: str) -> str:
 
 def fit(rule: Rule, chains: Iterable[Chain | None]) -> tuple[Values, Values]:
     """The values of the attributes that RULE asks for, and of those in its templates, of a device whose nodes have
-    CHAINS, of which one is None while sysfs does not answer. It is enough if RULE fits one of the nodes.
-
-    The node itself, or a single one of its parents, must have all attributes, like ATTRS in udev(7). The values in
-    templates are from the same folder, else from the node's own, else from the nearest parent's. Raises Misfit if RULE
-    does not fit, and another NotADevice if only its templates cannot be expanded.
-    """
+    CHAINS, of which one is None while sysfs does not answer. One node must fit: it, or a single one of its parents, has
+    all attributes, like ATTRS in udev(7). Templates take values from there, else from the node, else from the nearest
+    parent. Raises Misfit if RULE does not fit, and another NotADevice if only its templates cannot be expanded."""
     if not rule.attributes and not rule.values:
         return {}, {}
     problems: list[NotADevice] = []
@@ -1230,11 +1222,9 @@ def describe_device(chains: Sequence[Chain]) -> tuple[tuple[int, ...], Values]:
 def find_changes(chain: Chain, before: Values) -> str:
     """What CHAIN has instead of the values that were there BEFORE, in words; empty if it has them all."""
     nearest = next((folder for folder in chain if not folder.keys().isdisjoint(before)), {})
-    return "; ".join(
-        (f'its {name} is "{nearest[name]}"' if name in nearest else f"its {name} is not there") + f' and was "{value}"'
-        for name, value in before.items()
-        if value not in values_of(chain, name)
-    )
+    shown = {name: f'"{value}"' for name, value in nearest.items()}
+    lost = {name: value for name, value in before.items() if value not in values_of(chain, name)}
+    return "; ".join(f'its {name} is {shown.get(name, "not there")} and was "{value}"' for name, value in lost.items())
 
 
 def values_of(chain: Chain, name: str) -> list[str]:
@@ -1266,19 +1256,14 @@ def _acl_lets_write(path: str, root: os.stat_result) -> bool:
         raise
     # linux/posix_acl_xattr.h: entries of a tag (2 names a user, 8 a group), permissions (2 is to write) and an ID
     trusted = {2: (0, root.st_uid), 8: (0, root.st_gid)}
-    return any(
-        permissions & 2 and name not in trusted.get(tag, (name,))
-        for tag, permissions, name in struct.iter_unpack("<HHI", acl[4:])
-    )
+    entries = struct.iter_unpack("<HHI", acl[4:])
+    return any(permissions & 2 and name not in trusted.get(tag, (name,)) for tag, permissions, name in entries)
 
 
 class LiveTree(contextlib.AbstractContextManager["LiveTree"]):
-    """/dev as it is now, for one use; a context manager.
-
-    Each step is one openat(2) with O_PATH and O_NOFOLLOW from a folder that is held open. Somebody who swaps a name
-    meanwhile makes this fail, but cannot lead it out of /dev. Only a folder and those above it are held, because there
-    may be more folders than file descriptors. Raises OSError if /dev cannot be read.
-    """
+    """/dev as it is now, for one use. Each step is one openat(2) with O_PATH and O_NOFOLLOW from a folder that is held
+    open: somebody who swaps a name meanwhile makes this fail, but cannot lead it out of /dev. Only a folder and those
+    above it are held: there may be more folders than file descriptors. Raises OSError if /dev cannot be read."""
 
     def __init__(self, dev_dir: str) -> None:
         self._entries: dict[str, Entry | None] = {}
@@ -1331,15 +1316,13 @@ class _Listing(NamedTuple):
     stamp: tuple[int, ...] = ()  # device, inode and times of the folder; () if it could not be listed yet
     settled: bool = False  # whether an equal stamp proves that nothing changed
     entries: Mapping[str, Entry] = {}
-    times: Mapping[str, tuple[int, int]] = {}  # st_mtime_ns and st_ctime_ns by name, where inodes do not tell enough
+    times: Mapping[str, tuple[int, int]] = {}  # Times, where inodes do not tell enough
 
 
 class Scanner:
-    """Looks at /dev again and again, and lists only the folders whose times moved.
-
-    A node in whose place another one was made between two scans is missing in the first one after, and there in the
-    next one: so it went and came back for everybody, with new attributes.
-    """
+    """Looks at /dev again and again, and lists only the folders whose times moved. A node in whose place another one
+    was made between two scans is missing in the first one after, and there in the next one: so it went and came back
+    for everybody, with new attributes."""
 
     def __init__(self, dev_dir: str) -> None:
         self._dev_dir = dev_dir
@@ -1352,10 +1335,8 @@ class Scanner:
             self._needs_times = re.search(mount.encode(), file.read()) is None
 
     def scan(self, full: bool = False) -> Snapshot:
-        """What stands below /dev. The same object is returned until something changes.
-
-        FULL lists every folder, whatever its times say. Raises OSError if /dev itself cannot be seen.
-        """
+        """What stands below /dev: the same object until something changes. FULL lists every folder, whatever its times
+        say. Raises OSError if /dev itself cannot be seen."""
         root = os.stat(self._dev_dir)
         listings: dict[str, _Listing] = {}
         todo = [""]
@@ -1401,9 +1382,7 @@ class Scanner:
         return _Listing(stamp, settled, old.entries if old.stamp and entries == old.entries else entries, times)
 
 
-def _read_folder(
-    path: str, folder: os.stat_result, root: os.stat_result
-) -> tuple[dict[str, Entry], dict[str, tuple[int, int]]]:
+def _read_folder(path: str, folder: os.stat_result, root: os.stat_result) -> tuple[dict[str, Entry], Times]:
     """The entries of PATH, and the times of the nodes. Raises OSError, too if PATH is not FOLDER any more."""
     entries, times = {}, {}
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -1428,12 +1407,10 @@ def _read_folder(
 
 
 class Sysfs:
-    """The chains of the nodes that rules name. They are read when a node appears, and again at each full scan.
-
-    A driver may add attributes after the node has appeared, so those of nodes that a rule does not fit are read again
-    for ATTRIBUTE_WAIT_SECONDS. A driver that blocks its readers delays refresh() by SYSFS_SECONDS, and many of them by
-    little more than twice as much. Their chains stay as they were, and what comes late is taken by a later refresh().
-    """
+    """The chains of the nodes that rules name, read when a node appears and at each full scan. A driver may add
+    attributes later, so those of nodes that a rule does not fit are read again for ATTRIBUTE_WAIT_SECONDS. A driver
+    that blocks its readers delays refresh() by SYSFS_SECONDS, and many of them by little more than twice as much. Their
+    chains stay as they were, and what comes late is taken by a later refresh()."""
 
     ATTRIBUTE_WAIT_SECONDS = 5.0
     MIN_SECONDS = 0.02  # for one read, after others took too long
@@ -1478,8 +1455,7 @@ class Sysfs:
         return has_changed
 
     def _read(self, node: Entry, names: Names, seconds: float) -> Chain | None:
-        """The chain of NODE's device with the attributes NAMES; None if it does not come within SECONDS, or if there
-        are no more file descriptors, threads or memory for it."""
+        """The chain of NODE's device with NAMES; None without an answer in SECONDS, or without means to read it."""
         read = self._reads.pop((node, names), None)
         try:
             if names == ("numa_node",):  # the kernel's own attribute, with which no driver can block a reader
@@ -1524,11 +1500,8 @@ def start_read(job: Callable[[], T]) -> concurrent.futures.Future[T]:
 
 def read_chain(sys_dir: str, node: Entry, names: Iterable[str]) -> Chain:
     """The attributes NAMES of NODE's device. Raises OSError for lack of file descriptors or memory."""
-    chain = []
-    for folder in sysfs_folders(sys_dir, node):
-        values = ((name, read_attribute(folder, name)) for name in names)
-        chain.append({name: value for name, value in values if value is not None})
-    return chain
+    found = ({name: read_attribute(folder, name) for name in names} for folder in sysfs_folders(sys_dir, node))
+    return [{name: value for name, value in values.items() if value is not None} for values in found]
 
 
 def sysfs_folders(sys_dir: str, node: Entry) -> Iterator[str]:
@@ -1549,11 +1522,8 @@ def read_attribute(folder: str, name: str) -> str | None:
     with contextlib.suppress(OSError):  # no link, or gone meanwhile
         return os.path.basename(os.readlink(path))
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
-        try:
-            return os.read(descriptor, 4096).decode("utf-8", "backslashreplace").rstrip()
-        finally:
-            os.close(descriptor)
+        with open(path, "rb", buffering=0, opener=_open_at_once) as file:
+            return os.read(file.fileno(), 4096).decode("utf-8", "backslashreplace").rstrip()
     except OSError as error:
         if error.errno in SCARCE:
             raise
@@ -1573,12 +1543,9 @@ SLOT_BYTES, NUMA_BYTES = 26, 12  # of a slot in it at most, without its path and
 
 
 class DeviceSpec(NamedTuple):
-    """What a container is given: DeviceSpec of the device plugin API.
-
-    The kubelet keeps it for the life of the pod, and the container runtime resolves the host path again at every start
-    of a container. So the host path is the path that the rule matched, even if that is a link or a folder: it still
-    leads to the same device after a replug. Of a folder, the runtime passes all nodes and skips everything else.
-    """
+    """What a container is given: DeviceSpec of the device plugin API. The kubelet keeps it for the life of the pod, and
+    the container runtime resolves the host path at every start. So that is the path that the rule matched, even a link
+    or a folder: it still leads to the same device after a replug. Of a folder, the runtime passes all nodes only."""
 
     host: str
     container: str
@@ -1666,9 +1633,8 @@ Named = Sequence[tuple[Rule, Union[re.Match[str], SearchTimeout]]]
 
 
 class Matcher:
-    """Which of RULES name a path, the last rule first; among them those whose search took too long to tell.
-
-    The answers are remembered, because the names in /dev hardly change. For the main thread only."""
+    """Which of RULES name a path, the last rule first; among them those whose search took too long to tell. The answers
+    are remembered, because the names in /dev hardly change. For the main thread only."""
 
     MAX_REMEMBERED = 1 << 14  # names
 
@@ -1702,7 +1668,7 @@ def find_devices(snapshot: Snapshot, gpus: Iterable[str], matcher: Matcher, dev_
     """The devices that rules name. GPUS are the names of a Tegra's GPUs."""
     devices: dict[str, tuple[DeviceNode, ...]] = {}
     problems: dict[str, NotADevice] = {}
-    wanted: dict[Entry, set[str]] = {}
+    wanted: dict[Entry, Names] = {}
     for path in snapshot.entries:
         rules = [rule for rule, _ in matcher.find(path)] if path else []
         if not rules or rules[0].pattern == TEGRA:
@@ -1714,10 +1680,9 @@ def find_devices(snapshot: Snapshot, gpus: Iterable[str], matcher: Matcher, dev_
             continue
         names = {name for rule in rules for name in (*(one.name for one in rule.attributes), *rule.values)}
         for node in devices[path]:
-            wanted.setdefault(node.entry, set()).update(names)
+            wanted[node.entry] = tuple(sorted(names.union(wanted.get(node.entry, ()))))
     devices.update((name, ()) for name in gpus if matcher.find(name))
-    names_of = {node: tuple(sorted(names)) for node, names in wanted.items()}
-    return Look(snapshot, matcher, dev_dir, devices, problems, names_of)
+    return Look(snapshot, matcher, dev_dir, devices, problems, wanted)
 
 
 def expiry_times(plan: Plan) -> Iterator[float]:
@@ -1731,12 +1696,9 @@ def devices_of(plan: Plan) -> Iterator[Device]:
 
 
 def make_plan(previous: Plan, look: Look) -> Plan:
-    """The plan that what LOOK found makes under its rules, each path under the last rule that it fits.
-
-    A device that PREVIOUS offers keeps its name: a newcomer never takes over the name of another device. And it stays
-    as it was last good, with a problem: for EXPIRY_SECONDS if it is gone, and for as long as its node is there if that
-    has changed so that the rule would no longer choose it.
-    """
+    """The plan that what LOOK found makes under its rules, each path under the last rule that it fits. A device that
+    PREVIOUS offers keeps its name, which no newcomer takes over. And it stays as it was last good, with a problem: for
+    EXPIRY_SECONDS if it is gone, and while its node is there if that has changed so that no rule chooses it."""
     errors = [(path, look.matcher.find(path)[0][0].line, error) for path, error in look.problems.items()]
     offered: dict[str, dict[str, Device]] = {}  # by resource and path
     for path, nodes in look.devices.items():
@@ -1774,8 +1736,7 @@ def make_plan(previous: Plan, look: Look) -> Plan:
 
 
 def _keep(previous: Plan, look: Look, offered: dict[str, dict[str, Device]]) -> set[str]:
-    """Add to what is OFFERED the devices of PREVIOUS that stay though no rule chooses what is at their paths; and these
-    paths."""
+    """Add to OFFERED the devices of PREVIOUS that stay though no rule chooses what is at their paths; these paths."""
     all_kept = set()
     for old_name, old in ((name, device) for name, each in previous.resources.items() for device in each.devices):
         if old.path in offered.get(old_name, {}):
@@ -1792,10 +1753,8 @@ def _keep(previous: Plan, look: Look, offered: dict[str, dict[str, Device]]) -> 
                 name, new = make_device(old.path, old.nodes, rule, match, (old.chosen_by, old.values), look)
             except NotADevice:
                 continue  # the rule was edited, and its path in a container or its resource's name is no longer good
-            specs = () if is_gone else new.specs
-            kept = dataclasses.replace(
-                new, problem=problem, is_gone=is_gone, since=since, specs=specs, numa=old.numa, facts=old.facts
-            )
+            new = dataclasses.replace(new, problem=problem, is_gone=is_gone, numa=old.numa, facts=old.facts)
+            kept = dataclasses.replace(new, since=since, specs=() if is_gone else new.specs)
             if old.path not in offered.get(name, {}):
                 offered.setdefault(name, {})[old.path] = kept
                 all_kept.add(old.path)
@@ -1804,8 +1763,7 @@ def _keep(previous: Plan, look: Look, offered: dict[str, dict[str, Device]]) -> 
 
 
 def _find_loss(device: Device, look: Look) -> tuple[str, bool]:
-    """Why what is at DEVICE's path is not what its rule chose, and whether DEVICE is gone. There is no reason if it is,
-    or if its path alone chose it: then another rule has it."""
+    """Why DEVICE is not as its rule chose it, empty if it is or its path alone chose it; and whether it is gone."""
     nodes = look.devices.get(device.path)
     if nodes is None:
         return str(look.problems.get(device.path, NotADevice(Reason.GONE))), True
@@ -1821,24 +1779,18 @@ def _find_loss(device: Device, look: Look) -> tuple[str, bool]:
 def choose_devices(
     name: str, devices: Sequence[Device], previous: Resource | None
 ) -> tuple[Sequence[Device], list[tuple[str, int, NotADevice]]]:
-    """The DEVICES, in the order of their paths, that get the name NAME; and the path and line of each one that is left
-    out of it, and why. A device that is gone is not left out.
-
-    A device that has the name keeps it for as long as it is offered. Otherwise a pool comes first, then the path that
-    equals the name, then the first path in sorted order. A pool has each node once, as the first path that leads to it;
-    and no more devices than its list has room for, where those that PREVIOUS has come first.
-    """
+    """The DEVICES, in the order of their paths, that get the name NAME; and path, line and problem of those left out,
+    but not of those that are gone. A device that has the name keeps it while it is offered. Otherwise a pool comes
+    first, then the path that equals the name, then the first path. A pool has each node once, as the first path that
+    leads to it; and no more devices than its list has room for, where those that PREVIOUS has come first."""
     holder = previous.devices[0].path if previous and not previous.pool else ""
     pool = [device for device in devices if device.is_pool]
-    own = sorted(
-        (device for device in devices if not device.is_pool),
-        key=lambda device: (device.path != holder, device.is_gone, device.path != name, device.path),
-    )
+    own = [device for device in devices if not device.is_pool]
+    own.sort(key=lambda device: (device.path != holder, device.is_gone, device.path != name, device.path))
     if pool and not (own and own[0].path == holder):
         winners, taken = pool, NotADevice(Reason.NAME_OF_POOL, name=name, line=pool[0].line)
     else:
-        winners, taken = own[:1], NotADevice(Reason.NAME_TAKEN, name=name, path=own[0].path)
-        pool = []
+        winners, pool, taken = own[:1], [], NotADevice(Reason.NAME_TAKEN, name=name, path=own[0].path)
     paths = {device.path for device in winners}
     errors = {device.path: taken for device in devices if device.path not in paths and not device.is_gone}
     owners: dict[str, str] = {}  # paths of devices, by node
@@ -1875,20 +1827,9 @@ def make_device(
     env = {"NVIDIA_VISIBLE_DEVICES": match[1]} if rule.pattern == TEGRA else {}
     env.update((name, expand(template, match, values)) for name, template in rule.env)
     numa, facts = describe_device([look.chains.get(node.entry, [{}]) for node in nodes])
-    device = Device(
-        path=path,
-        line=rule.line,
-        is_pool=bool(rule.resource),
-        slots=rule.slots,
-        nodes=nodes,
-        chosen_by={**held, **naming},
-        values=values,
-        since=look.now,
-        parts=tuple(_parts(path, rule, match, values)),
-        env=env,
-        numa=numa,
-        facts=facts,
-    )
+    parts = tuple(_parts(path, rule, match, values))
+    device = Device(path, rule.line, bool(rule.resource), rule.slots, nodes, {**held, **naming}, values, look.now)
+    device = dataclasses.replace(device, parts=parts, env=env, numa=numa, facts=facts)
     try:
         return name, dataclasses.replace(device, specs=tuple(specs_of(device, look.snapshot, look.dev_dir)))
     except NotADevice as error:
@@ -1896,8 +1837,7 @@ def make_device(
 
 
 def _parts(path: str, rule: Rule, match: re.Match[str], values: Values) -> Iterator[Part]:
-    """PATH, unless it is a Tegra's GPU, and its companions under RULE. Raises NotADevice if one of their paths in a
-    container is not a good one."""
+    """PATH, unless it is a Tegra's GPU, and its companions. Raises NotADevice for a bad path in a container."""
     container = expand(rule.containerpath, match, values) if rule.containerpath else f"/dev/{path}"
     folder = container if container.endswith("/") else ""
     parts = [Part(path, container, False, rule.permissions)]
@@ -1935,10 +1875,8 @@ def specs_of(device: Device, tree: Tree, dev_dir: str) -> list[DeviceSpec]:
 
 
 def _add_spec(specs: list[DeviceSpec], given: dict[str, str], spec: DeviceSpec) -> None:
-    """Add SPEC to SPECS unless all its nodes are given already. GIVEN: host paths by path in the container.
-
-    Raises NotADevice if two nodes, or two folders, would have the same path in the container.
-    """
+    """Add SPEC to SPECS unless all its nodes are GIVEN (host paths by path in the container). Raises NotADevice if two
+    nodes, or two folders, would have the same path in the container."""
     for host, container in spec.nodes:
         if given.get(container, host) != host:
             raise NotADevice(Reason.SAME_PLACE, one=given[container], other=host, path=container)
@@ -1985,16 +1923,13 @@ def slots_of(resource: Resource) -> tuple[Slot, ...]:
 
 
 def named_slots(resource: Resource, slot_ids: Iterable[str]) -> Iterator[tuple[str, Slot | None]]:
-    """Each of SLOT_IDS once, with the slot of RESOURCE that it names; None if it names none.
-
-    The number may be too high by now, because the device had more slots when the ID was allocated.
-    """
+    """Each of SLOT_IDS once, with the slot of RESOURCE that it names; None if it names none. The number may be too high
+    by now, because the device had more slots when the ID was allocated."""
     devices = {device.path if resource.pool else "": device for device in resource.devices}
     for slot_id in dict.fromkeys(slot_ids):
         path, _, number = slot_id.rpartition(":")
-        slot = None
-        if path in devices and re.fullmatch("[0-9]{1,5}", number):
-            slot = Slot(resource, devices[path], int(number))
+        is_known = path in devices and re.fullmatch("[0-9]{1,5}", number)
+        slot = Slot(resource, devices[path], int(number)) if is_known else None
         yield slot_id, slot if slot and slot.id == slot_id else None
 
 
@@ -2052,8 +1987,7 @@ def preferred_allocation(resource: Resource, available: Iterable[str], must: Ite
         left = [slot_id for slot_id in ids if slot_id in free]
         in_use = device.slots - chosen - len(left)
         ranked += [(chosen + more, in_use, device.path, slot_id) for more, slot_id in enumerate(left)]
-    ranked.sort()
-    return preferred + [slot_id for *_, slot_id in ranked[: max(size - len(preferred), 0)]]
+    return preferred + [slot_id for *_, slot_id in sorted(ranked)[: max(size - len(preferred), 0)]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

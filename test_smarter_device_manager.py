@@ -1785,15 +1785,8 @@ def test_a_config_file_that_takes_too_long_to_read_is_refused(monkeypatch: pytes
 # the scanner's look at real files, and for the look of an Allocate.
 # ---------------------------------------------------------------------------------------------------------------------
 
-KINDS = {
-    "char": sdm.CHAR,
-    "block": sdm.BLOCK,
-    "folder": sdm.FOLDER,
-    "shared": sdm.FOLDER,
-    "file": "plain file",
-    "fifo": "FIFO",
-    "socket": "socket",
-}
+KINDS = {"folder": sdm.FOLDER, "shared": sdm.FOLDER, "file": "plain file", "fifo": "FIFO", "socket": "socket"}
+KINDS.update(char=sdm.CHAR, block=sdm.BLOCK)
 
 
 def chars(*names: str) -> dict[str, str]:
@@ -3056,8 +3049,6 @@ def ids_of(found: sdm.Resource, healthy: bool = True) -> list[str]:
 
 
 SOUND = {"snd/pcmC1D0c": "char", "snd/controlC1": "char", "snd/timer": "char", "video0": "char", "cam": "-> video0"}
-
-
 VIDEO = {"/dev/video0": "/dev/video0"}
 
 
@@ -3313,11 +3304,7 @@ BY_ID, BY_NUMBER = "- devicematch: ^serial/by-id/\n", "- {devicematch: ^ttyUSB, 
         ),
         (LINKED_STICK, "- devicematch: (?i)usb\n", {"/dev/ttyUSB0": {("serial_by-id_usb-x", 1), ("ttyUSB0", 1)}}),
         (LINKED_STICK, "- {devicematch: '(?i)usb', resource: zigbee}\n", {}),  # a pool has it once
-        (
-            LINKED_STICK,
-            "- devicematch: ^serial\n- {devicematch: ^serial/by, resource: z}\n",
-            {},
-        ),  # the last rule counts
+        (LINKED_STICK, "- devicematch: ^serial\n- {devicematch: ^serial/by, resource: z}\n", {}),  # the last counts
         (LINKED_STICK, BY_ID + BY_NUMBER.replace("}", ", nummaxdevices: 0}"), {}),  # no pod can have it
         (CARD, "- devicematch: ^snd$\n- devicematch: ^snd/t\n", {"/dev/snd/timer": {("snd", 1), ("snd_timer", 2)}}),
         (CARD, "- {devicematch: ^video0$, with: [snd/timer]}\n- devicematch: ^snd/t\n", {}),
