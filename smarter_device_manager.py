@@ -4172,7 +4172,7 @@ class Claims:
             claim = self.prepared[claim.uid] = claim._replace(devices=tuple(devices))
         if self._files.write(claim):
             self._rewrites[claim.full_name] += 1
-        board.set(claim.uid, "")
+            board.set(claim.uid, "")
         return claim
 
     def _log_not_written(self, claim: PreparedClaim, error: AllocationError | OSError) -> None:
