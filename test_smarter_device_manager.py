@@ -39,6 +39,7 @@ import tarfile
 import tempfile
 import threading
 import time
+import tracemalloc  # noqa: F401 (pytest reports errors in finalizers by it; an alarm must not interrupt its import)
 import warnings
 import weakref
 import zlib
