@@ -1932,7 +1932,7 @@ def test_what_is_a_device(
         assert isinstance(found, str) and wanted in found
     else:
         assert found == wanted and list(found) == sorted(found)
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert set(os.listdir("/proc/self/fd")) <= before  # what earlier tests left may be collected meanwhile
 
 
 @needs_root
