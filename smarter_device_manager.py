@@ -2543,8 +2543,8 @@ class ChangeLog:
         for (resource, path, line), known in sorted(rested.items(), key=lambda item: item[0]):
             event, sentence, level = "plugged", "offered" if known.said is None else "Healthy again", logging.INFO
             if known.now:
-                event, sentence = ("unplugged", "Unhealthy") if resource else ("left-out", "left out")
-                sentence, level = f"{sentence}: {known.now}", logging.WARNING
+                event, sentence = ("unplugged", "Unhealthy: ") if resource else ("left-out", "left out: ")
+                sentence, level = f"{sentence}{known.now}", logging.WARNING
             elif known.now is None:
                 event, sentence = "retired", "no longer offered"
             if known.changes > 1:
@@ -5376,11 +5376,14 @@ class KubeletThread(threading.Thread):
         """Have the kubelet side look if the plugin directory was replaced, for which the kernel sends no signal. Raises
         Problem if a folder that is mounted here was deleted or moved: a new one in its place is invisible here."""
         for folder, now in mount_roots(self._mounted).items() if self._mounted else ():
-            problem = f"the directory that is mounted at {folder} was moved, from {self._mounted[folder]} to {now}"
+            end = "so that the next start finds the one that is used now"
             if now.endswith("//deleted"):
-                problem = f"the directory {folder} was deleted, and only this mount keeps it"
-            if now.endswith("//deleted") or now != self._mounted[folder]:
-                raise Problem(f"{problem}; exiting, so that the next start finds the one that is used now")
+                raise Problem(f"the directory {folder} was deleted, and only this mount keeps it; exiting, {end}")
+            was = self._mounted[folder]
+            if now != was:
+                raise Problem(
+                    f"the directory that is mounted at {folder} was moved, from {was} to {now}; exiting, {end}"
+                )
         before, self._directory = self._directory, (socket_identity(self._side.plugin_dir) or ())[:2]  # not the time
         if self._directory != before:
             self.look()
