@@ -3480,11 +3480,10 @@ class DevicePluginSide(KubeletSide):
         await self._kubelet.close()
 
     def _kubelet_changed(self) -> None:
+        self.check_now()  # which watches the directory, too: it may be another one now
         if self.is_answering:
             for registration in self.registrations.values():
                 registration.wake()
-        else:
-            self.check_now()
 
     def apply(self, plan: Plan) -> None:
         """Make the smallest change that makes PLAN true: start, update or retire registrations."""
