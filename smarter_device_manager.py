@@ -2201,12 +2201,13 @@ class EventRing(logging.Handler):
 
 
 def shorten_decode_error(record: logging.LogRecord) -> bool:
-    """A filter for grpc's loggers: bytes that are not a message are no bug of ours, and need no traceback."""
+    """A filter for grpc's loggers: neither bytes that are not a message nor a client that goes while grpc sends it the
+    end of a call (ExecuteBatchError) is a bug of ours, or needs a traceback."""
     error = record.exc_info[1] if record.exc_info else None
-    is_decode_error = type(error).__name__ == "DecodeError"
-    if is_decode_error:
+    name = type(error).__name__
+    if name == "DecodeError":
         log.warning("a client or the kubelet sent bytes that are not a valid protobuf message: %s", error)
-    return not is_decode_error
+    return name not in ("DecodeError", "ExecuteBatchError")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
