@@ -1055,7 +1055,7 @@ class NotADevice(Exception):
         self.reason = reason
 
 
-class Misfit(NotADevice):
+class NotChosen(NotADevice):
     """A rule names a path, but does not choose the device there, so an earlier rule may."""
 
 
@@ -1164,18 +1164,18 @@ def fit(rule: Rule, chains: Iterable[Chain | None]) -> tuple[Values, Values]:
     """The values of the attributes that RULE asks for, and of those in its templates, of a device whose nodes have
     CHAINS, of which one is None while sysfs does not answer. One node must fit: it, or a single one of its parents, has
     all attributes, like ATTRS in udev(7). Templates take values from there, else from the node, else from the nearest
-    parent. Raises Misfit if RULE does not fit, and another NotADevice if only its templates cannot be expanded."""
+    parent. Raises NotChosen if RULE does not fit, and another NotADevice if only its templates cannot be expanded."""
     if not rule.attributes and not rule.values:
         return {}, {}
     problems: list[NotADevice] = []
     for chain in chains:
         if chain is None:
-            kind = Misfit if rule.attributes else NotADevice
+            kind = NotChosen if rule.attributes else NotADevice
             problems.append(kind(Reason.ATTRIBUTES, why=NO_ATTRIBUTES_YET))
             continue
         chosen = next((folder for folder in chain if all(item.fits(folder) for item in rule.attributes)), None)
         if chosen is None:
-            problems.append(_describe_misfit(rule.attributes, chain))
+            problems.append(_describe_not_chosen(rule.attributes, chain))
             continue
         values: dict[str, str] = {}
         missing = []
@@ -1188,10 +1188,10 @@ def fit(rule: Rule, chains: Iterable[Chain | None]) -> tuple[Values, Values]:
         if not missing:
             return {item.name: chosen[item.name] for item in rule.attributes}, values
         problems.append(NotADevice(Reason.ATTRIBUTES, why="; ".join(missing)))
-    raise min(problems, key=lambda each: isinstance(each, Misfit), default=Misfit(Reason.NO_ATTRIBUTES))
+    raise min(problems, key=lambda each: isinstance(each, NotChosen), default=NotChosen(Reason.NO_ATTRIBUTES))
 
 
-def _describe_misfit(attributes: Iterable[Attribute], chain: Chain) -> Misfit:
+def _describe_not_chosen(attributes: Iterable[Attribute], chain: Chain) -> NotChosen:
     """What the device with CHAIN has instead of ATTRIBUTES."""
     slow, others = [], []
     for name, match in attributes:
@@ -1200,7 +1200,7 @@ def _describe_misfit(attributes: Iterable[Attribute], chain: Chain) -> Misfit:
             slow.append(f'{TOOK_TOO_LONG} for its {name}, "{value}": {match.pattern}')
         shown = " or ".join(f'"{value}"' for value in values) or "not there"
         others.append(f"its {name} is {shown} (asked for: {match.pattern})")
-    return Misfit(Reason.PATTERN_TIMEOUT if slow else Reason.ATTRIBUTES, why="; ".join(slow + others))
+    return NotChosen(Reason.PATTERN_TIMEOUT if slow else Reason.ATTRIBUTES, why="; ".join(slow + others))
 
 
 def describe_device(chains: Sequence[Chain]) -> tuple[tuple[int, ...], Values]:
@@ -1705,14 +1705,14 @@ def make_plan(previous: Plan, look: Look) -> Plan:
         for rule, match in look.matcher.find(path):
             try:
                 if isinstance(match, SearchTimeout):
-                    raise Misfit(Reason.PATTERN_TIMEOUT, why=f"{TOOK_TOO_LONG} in this name: {rule.pattern}")
+                    raise NotChosen(Reason.PATTERN_TIMEOUT, why=f"{TOOK_TOO_LONG} in this name: {rule.pattern}")
                 found = fit(rule, [look.chains.get(node.entry) for node in nodes])
                 name, device = make_device(path, nodes, rule, match, found, look)
                 offered.setdefault(name, {})[path] = device
                 break
             except NotADevice as error:
                 errors.append((path, rule.line, error))
-                if not isinstance(error, Misfit):
+                if not isinstance(error, NotChosen):
                     break
     kept = _keep(previous, look, offered)
     errors = [each for each in errors if each[0] not in kept]
@@ -2200,7 +2200,7 @@ class EventRing(logging.Handler):
             self.events = (event, *self.events[:99])
 
 
-def shorten_decode_error(record: logging.LogRecord) -> bool:
+def is_unexpected_by_grpc(record: logging.LogRecord) -> bool:
     """A filter for grpc's loggers: neither bytes that are not a message nor a client that goes while grpc sends it the
     end of a call (ExecuteBatchError) is a bug of ours, or needs a traceback."""
     error = record.exc_info[1] if record.exc_info else None
@@ -2568,7 +2568,7 @@ class ChangeLog:
 
 CHECK_SECONDS = 0.1  # between two checks of kubelet.sock
 GATHER_SECONDS = 0.02  # after a signal, because changes come in groups
-MAX_SILENCE_SECONDS = 10.0  # between two heartbeats of a thread, of which it then has two in that time
+MAX_SILENCE_SECONDS = 10.0  # between two turns of a thread, of which it then has two in that time
 STOP_SECONDS = 0.3  # for calls in progress when a server ends
 SOCKET_PATH_BYTES = 107  # sun_path of unix(7), without its NUL
 POD_RESOURCES_BYTES = 1 << 20  # of an answer of the PodResources API: parsing must not keep a gRPC call waiting
@@ -2604,7 +2604,7 @@ def load_grpc(with_tls: bool = False) -> None:
         if is_hidden:
             del sys.modules["ssl"]
     for name in ("grpc._common", "grpc._cython.cygrpc"):
-        logging.getLogger(name).addFilter(shorten_decode_error)
+        logging.getLogger(name).addFilter(is_unexpected_by_grpc)
 
 
 def answered(method: Method) -> Method:
@@ -2943,8 +2943,8 @@ class KubeletSide(abc.ABC):
         self.plugin_dir = folders[0]
         self.folders = folders  # that it works in, and others too
         self.slots: SlotsOfDra = {}
-        self.heartbeat = time.monotonic()  # of the last check
-        self.max_silence = max_silence  # seconds since a thread's last heartbeat, after which it counts as hanging
+        self.last_turn = time.monotonic()  # of the last check
+        self.max_silence = max_silence  # seconds since a thread's last turn, after which it counts as hanging
         self.calm_pause = max_silence / 2  # seconds between two checks, at the most
         self._loop = loop
         self._watch = watch
@@ -2980,7 +2980,7 @@ class KubeletSide(abc.ABC):
         """Serve the kubelet until stop(). Raises what went wrong."""
         try:
             while not self._done.done():
-                self.heartbeat = time.monotonic()
+                self.last_turn = time.monotonic()
                 self._change = self._loop.create_future()
                 is_watched = self._watch.ask()  # before the check, so that no change is missed
                 await self._check()
@@ -3203,14 +3203,14 @@ class Plugin:
     async def PreStartContainer(self, request: pb.PreStartContainerRequest, _: object) -> pb.PreStartContainerResponse:
         """Allow a container to start if its devices are those that their rules chose. After a refusal, the kubelet
         shows the text in the pod's events, and asks again every 13 s or so."""
-        slots: dict[str, Slot] = {}  # one of each device, by its path
-        for slot_id, slot in named_slots(self.resource, request.devices_ids):
-            if slot is None:
-                self._refuse_start(slot_id, "", "the resource has no such ID")
-            slots.setdefault(slot.device.path, slot)
         give_up = time.monotonic() + self._host.PLAN_SECONDS
         while True:
-            found = self._host.find_start_problem(each for each in self.resource.devices if each.path in slots)
+            slots: dict[str, Slot] = {}  # one of each device, by its path; a new plan may have other ones
+            for slot_id, slot in named_slots(self.resource, request.devices_ids):
+                if slot is None:
+                    self._refuse_start(slot_id, "", "the resource has no such ID")
+                slots.setdefault(slot.device.path, slot)
+            found = self._host.find_start_problem(slot.device for slot in slots.values())
             if not found:
                 break
             device, problem, may_pass = found
@@ -5108,7 +5108,8 @@ def describe_process() -> Document:
 
 @dataclass(eq=False)
 class StatusServer:
-    """Answers those who ask how the daemon is. Belongs to the gRPC thread and its loop, but for report() and beat()."""
+    """Answers those who ask how the daemon is. Belongs to the gRPC thread and its loop, apart from report() and
+    record_turn()."""
 
     MAX_CLIENTS = 64
     HEAD_BYTES = 8192  # of a request
@@ -5125,7 +5126,7 @@ class StatusServer:
 
     def __post_init__(self) -> None:
         self.events = EventRing()
-        self._main_heartbeat = time.monotonic()
+        self._main_turn = time.monotonic()
         self._clients: dict[asyncio.Task[None], None] = {}  # the oldest first
         self._views: dict[str, asyncio.Future[bytes]] = {}  # by path
 
@@ -5133,9 +5134,9 @@ class StatusServer:
         """Show PLAN and DEVICE_SIDE, which nothing changes. Nothing wakes up."""
         self.plan, self.device_side = plan, device_side
 
-    def beat(self) -> None:
+    def record_turn(self) -> None:
         """The main thread, which calls this, works."""
-        self._main_heartbeat = time.monotonic()
+        self._main_turn = time.monotonic()
 
     async def run(self) -> None:
         """Serve until cancelled. If there are too many clients, the oldest one goes: nobody can keep others out."""
@@ -5207,10 +5208,10 @@ class StatusServer:
             return plain("500 Internal Server Error")
 
     def _threads(self) -> list[Document]:
-        """Per thread the age of its last heartbeat, and the age that it may have."""
-        beats = {"device side": self._main_heartbeat, "kubelet side": self.side.heartbeat}
+        """Per thread the age of its last turn, and the age that it may have."""
+        turns = {"device side": self._main_turn, "kubelet side": self.side.last_turn}
         now, most = time.monotonic(), self.side.max_silence
-        return [{"name": name, "seconds_since_turn": now - beat, "max_seconds": most} for name, beat in beats.items()]
+        return [{"name": name, "seconds_since_turn": now - turn, "max_seconds": most} for name, turn in turns.items()]
 
     def _readyz(self) -> bytes:
         """200 if the kubelet has each resource, from this instance or another; and what is not as it should be."""
@@ -5363,13 +5364,13 @@ class KubeletThread(threading.Thread):
         """Have the kubelet side look at its directory, where something changed."""
         self._loop.call_soon_threadsafe(self._side.check_now)
 
-    def beat(self, manager: ServiceManager) -> float:
+    def record_turn(self, manager: ServiceManager) -> float:
         """Tell the status server that the main thread works, and MANAGER if the kubelet side works, too: that is,
         looks at kubelet.sock as often as it should. Returns time.monotonic() by which to do so again."""
         now = time.monotonic()
         if self._status:
-            self._status.beat()
-        manager.ping(now - self._side.heartbeat <= self._side.max_silence)
+            self._status.record_turn()
+        manager.ping(now - self._side.last_turn <= self._side.max_silence)
         return min(now + self._side.max_silence / 2, manager.due)
 
     def check_directory(self) -> None:
@@ -5550,7 +5551,7 @@ def _take_signal(due: float, rested: float, thread: KubeletThread, manager: Serv
     awaited = set(BLOCKED_SIGNALS)
     folder_signal = 0
     while True:
-        until = min(due, thread.beat(manager))
+        until = min(due, thread.record_turn(manager))
         taken = signal.sigtimedwait(awaited, max(0.0, until - time.monotonic()))
         number = taken.si_signo if taken else 0
         if number == signal.SIGIO:
